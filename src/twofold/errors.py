@@ -1,0 +1,64 @@
+"""What twofold raises and warns: what came, what was expected, what to do.
+
+Texts that several places need, or that are longer than a line, stand here once.
+"""
+
+
+class TwofoldError(ValueError):
+    """Something that twofold was given cannot be used as it is; the message says what to do."""
+
+
+class TwofoldWarning(UserWarning):
+    """The result is right, but it may not mean what the caller hopes."""
+
+
+NOT_A_BATCH = """\
+{came} is not a batch.
+A batch is a pair (inputs, targets), or a mapping with "labels". Inputs may be a tensor (the model is called as
+model(x)), a tuple or list (model(*x)) or a mapping (model(**x)). For any other form pass
+forward=f with f(model, batch) -> (outputs, targets)."""
+
+ONE_SHOT = """\
+data is {came}, which can be read only once; a curvature matrix reads its data once for every product.
+Pass list(loader), or an object whose __iter__ starts anew each time (a DataLoader with shuffle=False)."""
+
+SHUFFLING = """\
+data is a DataLoader that shuffles ({sampler}): each product would see other batches.
+Pass list(loader) to fix the batches, or build the loader with shuffle=False."""
+
+EMPTY_DATA = """\
+data holds no batch: {came} yielded nothing. A curvature matrix needs at least one batch (inputs, targets)."""
+
+NOT_SCALAR = """\
+The loss is not a scalar: loss_fn(outputs, targets) gave {came}.
+Let it average (reduction="mean") or sum (reduction="sum") over its terms."""
+
+NOT_FINITE = """\
+The {what} is not finite ({came}) at the present parameters{where}.
+Curvature is not defined there. Look for diverged parameters, NaN in the data, or log(0) in the loss."""
+
+NO_DOUBLE_BACKWARD = """\
+{operation} cannot be differentiated twice in this version of torch, so no curvature can be computed through it.
+{remedy}
+The original error was: {error}"""
+
+FSDP = """\
+{came} is sharded (FSDP): its parameters are not whole on any rank, and no Hessian-vector product can be taken through it.
+Measure an unsharded copy: build the model without FSDP and load a full state dict into it, on one device or under DDP."""
+
+SCRIPTED = """\
+{came} is a torch.jit module: its graph cannot be differentiated twice here. Pass the plain nn.Module it was made from."""
+
+HIDDEN_PARAMETER = """\
+Parameter {name!r} reaches the outputs by another way than as an attribute of its module (a closure, a global or a nested
+container holds it), so its curvature would be left out silently. Register it on the module and read it as self.<name>, or
+leave it out by naming the others in params=."""
+
+LOSS_USES_PARAMETERS = """\
+loss_fn depends on the model's parameter {name!r} directly, not only through the outputs (weight decay inside the loss?).
+H = GN + NME splits the curvature of loss(outputs(parameters)). Take that term out of loss_fn (its Hessian is known), or let
+forward= return it among the outputs."""
+
+CHECKPOINT = """\
+torch.utils.checkpoint cannot be combined with this product: {error}
+Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False); the reentrant form has no second derivative."""
