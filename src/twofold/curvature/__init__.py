@@ -1,0 +1,1 @@
+"""H = GN + NME: operators, and estimators of their traces and norms."""

@@ -1,0 +1,247 @@
+"""A forward pass that can be differentiated twice and leaves no trace.
+
+`borrowed` lends a model for one or more passes: its parameters are replaced by aliases (same memory, leaves of their own,
+no hooks of the user's), its buffers by copies, and afterwards everything that hangs on its modules is put back, also when
+something raises. `differentiable_twice` repairs or refuses the operations that torch cannot differentiate twice.
+"""
+
+import random
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from twofold.errors import CHECKPOINT, FSDP, NO_DOUBLE_BACKWARD, SCRIPTED, TwofoldError
+from twofold.types import Mode
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the plain module inside compiled and data-parallel wrappers.
+
+    Raises:
+        TwofoldError: for what cannot be unwrapped (FSDP, torch.jit) or is no module.
+    """
+    while True:
+        if not isinstance(model, nn.Module):
+            raise TwofoldError(f"model must be a torch.nn.Module; a {type(model).__name__} came.")
+        if isinstance(model, torch.jit.ScriptModule):
+            raise TwofoldError(SCRIPTED.format(came=type(model).__name__))
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            break
+    for module in model.modules():
+        if any(base.__name__ in ("FullyShardedDataParallel", "FSDPModule") for base in type(module).__mro__):
+            raise TwofoldError(FSDP.format(came=type(module).__name__))
+        if isinstance(module, nn.EmbeddingBag):
+            raise TwofoldError(_no_double_backward("nn.EmbeddingBag", "none was tried"))
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TwofoldError(SCRIPTED.format(came=type(module).__name__))
+    return model
+
+
+class RandomState:
+    """The state of every global random generator that a forward pass may draw from: torch (CPU, CUDA), NumPy, Python."""
+
+    def __init__(self) -> None:
+        self._python = random.getstate()
+        self._numpy = np.random.get_state()
+        used = torch.cuda.is_available() and torch.cuda.is_initialized()
+        self._torch = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if used else [])]
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, RandomState)
+            and self._python == other._python
+            and all(np.array_equal(a, b) for a, b in zip(self._numpy, other._numpy, strict=True))
+            and all(torch.equal(a, b) for a, b in zip(self._torch, other._torch, strict=True))
+        )
+
+    __hash__ = None
+
+    def restore(self) -> None:
+        """Put every generator back to this state."""
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)
+        torch.set_rng_state(self._torch[0])
+        if len(self._torch) > 1:
+            torch.cuda.set_rng_state_all(self._torch[1:])
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Leave every global random generator as it was found."""
+    state = RandomState()
+    try:
+        yield
+    finally:
+        state.restore()
+
+
+@contextmanager
+def module_state_kept(model: nn.Module) -> Iterator[None]:
+    """Put back all that hangs on the model's modules: attributes, registries, hooks, train or eval mode."""
+    saved = [(module, dict(module.__dict__), _containers(module)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes, containers in saved:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            for name, content in containers.items():
+                _refill(attributes[name], content)
+
+
+def _containers(module: nn.Module) -> dict[str, Any]:
+    return {
+        name: value.copy()
+        for name, value in module.__dict__.items()
+        if type(value).__module__ in ("builtins", "collections") and isinstance(value, dict | list | set)
+    }
+
+
+def _refill(container: Any, content: Any) -> None:
+    if isinstance(container, list):
+        container[:] = content
+    else:
+        container.clear()
+        container.update(content)
+
+
+def buffers_replaced(model: nn.Module) -> None:
+    """Give the model copies of its buffers (and of tensors that it keeps as plain attributes) to write into.
+
+    Meant for use inside `module_state_kept`, which brings the originals back.
+    """
+    copies: dict[int, Tensor] = {}
+
+    def copy(tensor: Tensor) -> Tensor:
+        return copies.setdefault(id(tensor), tensor.detach().clone())
+
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = copy(buffer)
+        for name, value in module.__dict__.items():
+            if type(value) is Tensor and value.grad_fn is None and not value.requires_grad:
+                module.__dict__[name] = copy(value)
+
+
+@contextmanager
+def borrowed(model: nn.Module, aliases: Mapping[str, Tensor], mode: Mode = None) -> Iterator[nn.Module]:
+    """Lend the model with aliases in the places of its parameters and copies in the places of its buffers.
+
+    Args:
+        model: a plain module (see `unwrap`).
+        aliases: a tensor for each chosen parameter, by its first name; all other parameters are constants in the pass.
+        mode: "train" or "eval" for the passes inside; None leaves each module's own.
+    """
+    chosen = {id(parameter): aliases.get(name) for name, parameter in model.named_parameters()}
+    constants: dict[int, Tensor] = {}
+
+    def stand_in(parameter: Tensor) -> Tensor:
+        alias = chosen.get(id(parameter))
+        return alias if alias is not None else constants.setdefault(id(parameter), parameter.detach())
+
+    with module_state_kept(model), random_state_kept(), _global_flags_kept():
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[name] = stand_in(parameter)  # pyrefly: ignore
+            for name, value in module.__dict__.items():
+                if isinstance(value, nn.Parameter) and id(value) in chosen:
+                    module.__dict__[name] = stand_in(value)
+                elif isinstance(value, list) and any(id(item) in chosen for item in value):
+                    value[:] = [stand_in(item) if id(item) in chosen else item for item in value]
+        buffers_replaced(model)
+        if mode is not None:
+            for module in model.modules():
+                module.training = mode == "train"
+        yield model
+
+
+@contextmanager
+def _global_flags_kept() -> Iterator[None]:
+    """Differentiate in full precision whatever the caller's context: grad on, inference mode and autocast off."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+class _Repairs(TorchFunctionMode):
+    """Stand-ins for operations whose second derivative torch gets wrong."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch._weight_norm:
+            return _weight_norm(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """g v / ||v||; the double backward of the fused kernel of torch 2.13 is wrong."""
+    if dim == -1:
+        return v * (g / torch.linalg.vector_norm(v))
+    others = [axis for axis in range(v.dim()) if axis != dim % v.dim()]
+    return v * (g / torch.linalg.vector_norm(v, dim=others, keepdim=True))
+
+
+@contextmanager
+def differentiable_twice(model: nn.Module) -> Iterator[None]:
+    """Run forward passes so that each operation has a right second derivative, or raise by its name.
+
+    Attention takes its composed form (the fused ones have no double backward), weight norm is rewritten, compiled parts
+    run eagerly, cuDNN steps aside for recurrent layers.
+
+    Raises:
+        TwofoldError: an operation inside has no second derivative.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()) and torch.backends.cudnn.is_available():
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        stack.enter_context(refusals_named())
+        stack.enter_context(_Repairs())
+        yield
+
+
+_MISSING = re.compile(r"derivative for '?(?:aten::)?(\w+)'? is not implemented|(\w+) does not support double backward")
+
+
+@contextmanager
+def refusals_named() -> Iterator[None]:
+    """Turn torch's complaints about a missing second derivative into a TwofoldError that says what to do."""
+    try:
+        yield
+    except (RuntimeError, NotImplementedError) as error:
+        text = str(error)
+        if isinstance(error, torch.utils.checkpoint.CheckpointError) or "Checkpointing is not compatible" in text:
+            raise TwofoldError(CHECKPOINT.format(error=text.splitlines()[0])) from error
+        found = _MISSING.search(text)
+        if found is None and "once_differentiable" not in text:
+            raise
+        name = next((group for group in found.groups() if group), "A custom function") if found else "A custom function"
+        raise TwofoldError(_no_double_backward(name, text.splitlines()[0])) from error
+
+
+def _no_double_backward(operation: str, error: str) -> str:
+    remedy = "Compose it from plain tensor operations, or leave the parameters before it out with params=."
+    if "mbedding" in operation:
+        remedy = "Use nn.Embedding followed by sum or mean over the bag in its place."
+    elif "attention" in operation:
+        remedy = "Run the forward pass under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
+    return NO_DOUBLE_BACKWARD.format(operation=operation, remedy=remedy, error=error)

@@ -1,0 +1,379 @@
+"""What a loss gives to curvature: its value, how many terms it averages, H_z products and sampled residuals.
+
+torch's own losses (modules, functionals and partials of them) are recognised: their averages over a whole data set are
+exact, and cross-entropy, BCE-with-logits and MSE have H_z in closed form. Any other callable is differentiated twice, in
+its outputs only.
+
+With p = softmax(z) and S_n the total target weight of term n over the batch's denominator,
+
+    cross-entropy     H_z,n = S_n (diag p_n - p_n p_n')
+    BCE with logits   H_z   = s sigma(z) (1 - sigma(z))
+    MSE               H_z   = 2 w / sum w
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import _reduction
+from torch.nn import functional as F
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from twofold.batches import describe
+from twofold.errors import NOT_SCALAR, TwofoldError
+from twofold.types import LossFn, Weight
+
+Residual: TypeAlias = Literal["labels", "gaussian"]
+OutputProduct: TypeAlias = Callable[[Sequence[Tensor]], list[Tensor]]
+
+
+class Loss:
+    """A loss seen as a function of the outputs only; this class serves any callable, its subclasses the closed forms.
+
+    Args:
+        loss_fn: loss_fn(outputs, targets) -> scalar.
+        weight: how many terms the loss averages in a batch; None counts the outputs' first dimension.
+
+    Attributes:
+        averages: True when the loss is a mean over its terms, False when it is a sum.
+    """
+
+    def __init__(self, loss_fn: LossFn, weight: Weight | None = None, *, averages: bool = True) -> None:
+        self.loss_fn = loss_fn
+        self.averages = averages
+        self._weight = weight
+
+    def __call__(self, outputs: Any, targets: Any) -> Tensor:
+        """Return the loss, a scalar tensor.
+
+        Raises:
+            TwofoldError: when it is anything else.
+        """
+        value = self.loss_fn(outputs, targets)
+        if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
+            raise TwofoldError(NOT_SCALAR.format(came=describe(value)))
+        return value.reshape(())
+
+    def count(self, outputs: Any, targets: Any) -> float:
+        """Return the weight of this batch in the average over a data set; 1 where the loss is a sum."""
+        if self._weight is not None:
+            count = float(self._weight(outputs, targets))
+            if not 0 <= count < float("inf"):
+                raise TwofoldError(f"weight(outputs, targets) must be finite and not negative; it gave {count}.")
+            return count
+        return self._terms(outputs, targets) if self.averages else 1.0
+
+    def _terms(self, outputs: Any, targets: Any) -> float:
+        first = next(leaf for leaf in tree_flatten(outputs)[0] if isinstance(leaf, Tensor))
+        return float(first.shape[0]) if first.dim() else 1.0
+
+    def output_hessian(self, outputs: Any, targets: Any) -> OutputProduct:
+        """Return t -> H_z t, over the differentiable tensors among the outputs.
+
+        Args:
+            outputs: detached outputs (a tensor or any nest of them).
+            targets: the batch's targets.
+        """
+        leaves, rebuilt = detached_leaves(outputs)
+        gradients = torch.autograd.grad(
+            self(rebuilt, targets), leaves, create_graph=True, allow_unused=True, materialize_grads=True
+        )
+        curved = [gradient for gradient in gradients if gradient.requires_grad]
+
+        def product(tangents: Sequence[Tensor]) -> list[Tensor]:
+            if not curved:
+                return [torch.zeros_like(leaf) for leaf in leaves]
+            chosen = [t for gradient, t in zip(gradients, tangents, strict=True) if gradient.requires_grad]
+            return list(torch.autograd.grad(curved, leaves, chosen, retain_graph=True, materialize_grads=True))
+
+        return product
+
+    def residual(self, outputs: Tensor, targets: Any, kind: Residual, generator: torch.Generator | None) -> Tensor:
+        """Draw r with covariance H_z, so that E ||J' r||^2 = tr GN.
+
+        Args:
+            outputs: z; the residual is a differentiable function of it.
+            targets: the batch's targets.
+            kind: "labels" draws labels from the model, r = sqrt(w) (p - onehot(y^)); "gaussian" draws
+                r = H_z^(1/2) xi, whose square has the true gradient in z too.
+            generator: None draws from torch's global generator.
+
+        Raises:
+            TwofoldError: the loss is not one whose predictive distribution is known.
+        """
+        raise TwofoldError(
+            f"No predictive distribution is known for {describe_loss(self.loss_fn)}, so no labels can be drawn from it. "
+            "Use cross-entropy, BCE-with-logits or MSE from torch, or estimator='hutchinson'."
+        )
+
+
+class CrossEntropy(Loss):
+    """torch's cross_entropy with all its options: class weights, ignore_index, smoothing, soft targets, any rank."""
+
+    def __init__(self, loss_fn: LossFn, weight: Weight | None, *, averages: bool, options: dict[str, Any]) -> None:
+        super().__init__(loss_fn, weight, averages=averages)
+        self._class_weights: Tensor | None = options.get("weight")
+        self._ignore_index: int = options.get("ignore_index", -100)
+        self._smoothing: float = options.get("label_smoothing", 0.0)
+
+    def _terms(self, outputs: Tensor, targets: Tensor) -> float:
+        return float(self._denominator(outputs, targets))
+
+    def _denominator(self, outputs: Tensor, targets: Tensor) -> Tensor | float:
+        if targets.is_floating_point():
+            return outputs.numel() / outputs.shape[_class_dim(outputs)]
+        kept = targets != self._ignore_index
+        if self._class_weights is None:
+            return kept.sum()
+        return self._class_weights.to(outputs.device, _wide(outputs))[targets[kept]].sum()
+
+    def _scale(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """S_n over the denominator, with a class dimension of 1."""
+        dim, classes = _class_dim(outputs), outputs.shape[_class_dim(outputs)]
+        weights = None if self._class_weights is None else self._class_weights.to(outputs.device, _wide(outputs))
+        if targets.is_floating_point():
+            smooth = targets.to(_wide(outputs)) * (1 - self._smoothing) + self._smoothing / classes
+            shape = [-1 if axis == dim else 1 for axis in range(outputs.dim())]
+            total = (smooth if weights is None else smooth * weights.view(shape)).sum(dim, keepdim=True)
+        else:
+            kept = targets != self._ignore_index
+            if weights is None:
+                total = kept.to(_wide(outputs))
+            else:
+                picked = weights[torch.where(kept, targets, 0)]
+                total = torch.where(kept, (1 - self._smoothing) * picked + self._smoothing * weights.mean(), 0.0)
+            total = total.unsqueeze(dim)
+        return total / self._denominator(outputs, targets) if self.averages else total
+
+    def output_hessian(self, outputs: Tensor, targets: Tensor) -> OutputProduct:
+        """Return t -> S (p t - p <p, t>)."""
+        dim = _class_dim(outputs)
+        p = outputs.detach().to(_wide(outputs)).softmax(dim)
+        scaled = p * self._scale(outputs, targets)
+
+        def product(tangents: Sequence[Tensor]) -> list[Tensor]:
+            t = tangents[0]
+            return [(scaled * (t - (p * t).sum(dim, keepdim=True))).to(t.dtype)]
+
+        return product
+
+    def residual(self, outputs: Tensor, targets: Any, kind: Residual, generator: torch.Generator | None) -> Tensor:
+        """Draw sqrt(S) (p - onehot(y^)), or sqrt(S) (diag sqrt(p) - p sqrt(p)') xi."""
+        dim = _class_dim(outputs)
+        log_p = outputs.to(_wide(outputs)).log_softmax(dim)
+        root = self._scale(outputs, targets).sqrt()
+        if kind == "labels":
+            rows = log_p.detach().exp().movedim(dim, -1)
+            drawn = torch.multinomial(rows.reshape(-1, rows.shape[-1]), 1, generator=generator)
+            one_hot = torch.zeros_like(rows).reshape(-1, rows.shape[-1]).scatter_(1, drawn, 1.0)
+            return (root * (log_p.exp() - one_hot.reshape(rows.shape).movedim(-1, dim))).to(outputs.dtype)
+        noise = _normal_like(log_p, generator)
+        spread = (0.5 * log_p).exp() * noise
+        inner = ((0.5 * log_p).exp() * noise).sum(dim, keepdim=True)
+        return (root * (spread - log_p.exp() * inner)).to(outputs.dtype)
+
+
+class Elementwise(Loss):
+    """A mean or sum of one term per output entry; subclasses add H_z, which is diagonal."""
+
+    def __init__(self, loss_fn: LossFn, weight: Weight | None, *, averages: bool, options: dict[str, Any]) -> None:
+        super().__init__(loss_fn, weight, averages=averages)
+        self._options = options
+
+    def _terms(self, outputs: Tensor, targets: Tensor) -> float:
+        return float(torch.broadcast_shapes(outputs.shape, targets.shape).numel())
+
+    def _per_entry(self, weights: Tensor | float, outputs: Tensor, targets: Tensor) -> Tensor | float:
+        return weights / self._terms(outputs, targets) if self.averages else weights
+
+
+class BCEWithLogits(Elementwise):
+    """torch's binary_cross_entropy_with_logits, with weight and pos_weight."""
+
+    def _scale(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        y = targets.to(_wide(outputs))
+        positive = self._options.get("pos_weight")
+        scale = torch.ones_like(y) if positive is None else 1 - y + positive.to(y) * y
+        weights = self._options.get("weight")
+        scale = scale if weights is None else scale * weights.to(y)
+        return torch.as_tensor(self._per_entry(scale, outputs, targets))
+
+    def output_hessian(self, outputs: Tensor, targets: Tensor) -> OutputProduct:
+        """Return t -> s sigma (1 - sigma) t."""
+        p = outputs.detach().to(_wide(outputs)).sigmoid()
+        diagonal = self._scale(outputs, targets) * p * (1 - p)
+        return lambda tangents: [(diagonal * tangents[0]).to(tangents[0].dtype)]
+
+    def residual(self, outputs: Tensor, targets: Any, kind: Residual, generator: torch.Generator | None) -> Tensor:
+        """Draw sqrt(s) (sigma - Bernoulli(sigma)), or sqrt(s sigma (1 - sigma)) xi."""
+        z = outputs.to(_wide(outputs))
+        root = self._scale(outputs, targets).sqrt()
+        if kind == "labels":
+            return (root * (z.sigmoid() - torch.bernoulli(z.detach().sigmoid(), generator=generator))).to(outputs.dtype)
+        spread = (0.5 * (F.logsigmoid(z) + F.logsigmoid(-z))).exp()
+        return (root * spread * _normal_like(z, generator)).to(outputs.dtype)
+
+
+class MSE(Elementwise):
+    """torch's mse_loss, with its entry weights."""
+
+    def _terms(self, outputs: Tensor, targets: Tensor) -> float:
+        weights = self._options.get("weight")
+        return super()._terms(outputs, targets) if weights is None else float(weights.sum())
+
+    def _scale(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        if torch.broadcast_shapes(outputs.shape, targets.shape) != outputs.shape:
+            raise TwofoldError(
+                f"mse_loss broadcasts outputs {tuple(outputs.shape)} against targets {tuple(targets.shape)}, which is "
+                "hardly meant: reshape the targets to the outputs' shape."
+            )
+        weights = self._options.get("weight")
+        ones = torch.ones((), dtype=_wide(outputs), device=outputs.device)
+        scale = 2 * (ones if weights is None else weights.to(ones))
+        return torch.as_tensor(self._per_entry(scale, outputs, targets))
+
+    def output_hessian(self, outputs: Tensor, targets: Tensor) -> OutputProduct:
+        """Return t -> 2 w t / sum w."""
+        scale = self._scale(outputs, targets)
+        return lambda tangents: [(scale * tangents[0]).to(tangents[0].dtype)]
+
+    def residual(self, outputs: Tensor, targets: Any, kind: Residual, generator: torch.Generator | None) -> Tensor:
+        """Draw from a Gaussian with covariance H_z, which does not depend on z."""
+        return self._scale(outputs, targets).sqrt().to(outputs.dtype) * _normal_like(outputs, generator)
+
+
+class _Counted(Loss):
+    """One of torch's other losses: differentiated like any callable, counted by its own rule."""
+
+    def __init__(self, loss_fn: LossFn, weight: Weight | None, *, averages: bool, terms: Weight) -> None:
+        super().__init__(loss_fn, weight, averages=averages)
+        self._terms = terms
+
+
+def _entries(outputs: Tensor, targets: Tensor) -> float:
+    return float(torch.broadcast_shapes(outputs.shape, targets.shape).numel())
+
+
+def _rows(outputs: Tensor, targets: Tensor) -> float:
+    return float(outputs.shape[0]) if outputs.dim() > 1 else 1.0
+
+
+_MODULES: dict[type[nn.Module], Callable[..., Tensor]] = {
+    nn.CrossEntropyLoss: F.cross_entropy,
+    nn.BCEWithLogitsLoss: F.binary_cross_entropy_with_logits,
+    nn.MSELoss: F.mse_loss,
+    nn.NLLLoss: F.nll_loss,
+    nn.L1Loss: F.l1_loss,
+    nn.SmoothL1Loss: F.smooth_l1_loss,
+    nn.HuberLoss: F.huber_loss,
+    nn.BCELoss: F.binary_cross_entropy,
+    nn.KLDivLoss: F.kl_div,
+    nn.PoissonNLLLoss: F.poisson_nll_loss,
+    nn.SoftMarginLoss: F.soft_margin_loss,
+    nn.HingeEmbeddingLoss: F.hinge_embedding_loss,
+    nn.MultiMarginLoss: F.multi_margin_loss,
+    nn.MultiLabelMarginLoss: F.multilabel_margin_loss,
+    nn.MultiLabelSoftMarginLoss: F.multilabel_soft_margin_loss,
+}
+_CLOSED_FORMS = {
+    F.cross_entropy: CrossEntropy,
+    F.binary_cross_entropy_with_logits: BCEWithLogits,
+    F.mse_loss: MSE,
+}
+_BY_ENTRY = {
+    F.smooth_l1_loss,
+    F.huber_loss,
+    F.binary_cross_entropy,
+    F.poisson_nll_loss,
+    F.soft_margin_loss,
+    F.hinge_embedding_loss,
+}
+_BY_ROW = {F.multi_margin_loss, F.multilabel_margin_loss, F.multilabel_soft_margin_loss}
+
+
+def as_loss(loss_fn: LossFn | Loss, weight: Weight | None = None) -> Loss:
+    """Recognise a loss function.
+
+    Args:
+        loss_fn: a loss module or functional of torch or a partial of one, or any callable (outputs, targets) -> scalar.
+        weight: overrides how many terms a batch counts for.
+
+    Raises:
+        TwofoldError: when it is not callable, or does not reduce to a scalar.
+    """
+    if isinstance(loss_fn, Loss):
+        return loss_fn
+    if not callable(loss_fn):
+        raise TwofoldError(f"loss_fn must be callable as loss_fn(outputs, targets); {describe(loss_fn)} came.")
+    functional, options = _resolve(loss_fn)
+    if functional is None:
+        return Loss(loss_fn, weight)
+    reduction = options.get("reduction", "mean")
+    if options.get("size_average") is not None or options.get("reduce") is not None:
+        reduction = _reduction.legacy_get_string(options.get("size_average"), options.get("reduce"), emit_warning=False)
+    if reduction == "none":
+        raise TwofoldError(NOT_SCALAR.format(came=f'{describe_loss(loss_fn)} with reduction="none"'))
+    averages = reduction != "sum"
+    if functional in _CLOSED_FORMS:
+        return _CLOSED_FORMS[functional](loss_fn, weight, averages=averages, options=options)
+    return _Counted(loss_fn, weight, averages=averages, terms=_terms_rule(functional, reduction, options))
+
+
+def _terms_rule(functional: Callable[..., Tensor], reduction: str, options: dict[str, Any]) -> Weight:
+    if functional is F.nll_loss:
+        return CrossEntropy(functional, None, averages=True, options=options)._terms
+    if functional is F.l1_loss:
+        return MSE(functional, None, averages=True, options=options)._terms
+    if functional in _BY_ROW or reduction == "batchmean":
+        return _rows
+    return _entries
+
+
+def _resolve(loss_fn: Any) -> tuple[Callable[..., Tensor] | None, dict[str, Any]]:
+    """Find the functional behind a loss and the options that it was given; (None, {}) when it is not torch's own."""
+    if isinstance(loss_fn, functools.partial):
+        if loss_fn.args:
+            return None, {}
+        functional, options = _resolve(loss_fn.func)
+        return functional, {**options, **loss_fn.keywords}
+    if isinstance(loss_fn, nn.Module):
+        functional = _MODULES.get(type(loss_fn))
+        if functional is None or loss_fn._forward_hooks or loss_fn._forward_pre_hooks:
+            return None, {}
+        known = inspect.signature(functional).parameters
+        return functional, {name: getattr(loss_fn, name) for name in known if hasattr(loss_fn, name)}
+    return (loss_fn, {}) if loss_fn in _MODULES.values() else (None, {})
+
+
+def describe_loss(loss_fn: Any) -> str:
+    """Name a loss function for a message."""
+    if isinstance(loss_fn, functools.partial):
+        return f"partial({describe_loss(loss_fn.func)})"
+    return getattr(loss_fn, "__name__", type(loss_fn).__name__)
+
+
+def detached_leaves(outputs: Any) -> tuple[list[Tensor], Any]:
+    """Copy the outputs off their graph: the floating-point tensors as leaves, and the same nest with them inside."""
+    flat, spec = tree_flatten(outputs)
+    flat = [leaf.detach().requires_grad_() if is_differentiable(leaf) else leaf for leaf in flat]
+    return [leaf for leaf in flat if is_differentiable(leaf)], tree_unflatten(flat, spec)
+
+
+def is_differentiable(leaf: Any) -> bool:
+    """Tell whether a loss can be differentiated in this leaf of the outputs."""
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+
+
+def _class_dim(outputs: Tensor) -> int:
+    return 1 if outputs.dim() > 1 else 0
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _normal_like(tensor: Tensor, generator: torch.Generator | None) -> Tensor:
+    return torch.randn(tensor.shape, dtype=tensor.dtype, device=tensor.device, generator=generator)

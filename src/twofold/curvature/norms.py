@@ -1,0 +1,33 @@
+"""Norms of anything with .shape and @, with their standard errors."""
+
+from typing import Any
+
+import torch
+
+from twofold.curvature.probes import check_square, product_of, rademacher, root_of, summarise
+from twofold.types import Estimate
+
+
+def frobenius_norm(operator: Any, num_matvecs: int = 64, *, generator: torch.Generator | None = None) -> Estimate:
+    """Estimate ||A||_F from E ||Av||^2 = ||A||_F^2 with Rademacher probes v.
+
+    The square is unbiased; its root and the root's standard error are those of the delta method.
+
+    Args:
+        operator: anything with .shape (P, P) and @.
+        num_matvecs: the number of probes.
+        generator: source of the probes; None takes a private one with a fixed seed (same call, same numbers).
+
+    Returns:
+        Estimate(value, stderr, num_matvecs); stderr is nan with a single probe.
+
+    Raises:
+        TwofoldError: the operator is not square, or num_matvecs is not positive.
+
+    Example:
+        >>> float(frobenius_norm(torch.diag(torch.tensor([3.0, 4.0])), num_matvecs=4))
+        5.0
+    """
+    check_square(operator, num_matvecs)
+    products = (product_of(operator, probe).double() for probe in rademacher(operator, num_matvecs, generator))
+    return root_of(summarise([product.square().sum().item() for product in products]))

@@ -1,0 +1,196 @@
+"""Products of H, GN and NME over a whole data set: recordings kept while they are true, averages exact."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from twofold.activations.second_derivative import active_second_derivatives
+from twofold.batches import as_batches, describe, run_forward, to_device
+from twofold.curvature.differentiable import RandomState, borrowed, differentiable_twice, unwrap
+from twofold.curvature.losses import Loss, as_loss
+from twofold.curvature.recording import Recording, check_reached, saved_bytes
+from twofold.errors import EMPTY_DATA, TwofoldError
+from twofold.parameters import ParameterLayout, select_parameters
+from twofold.types import Forward, LossFn, Matrix, Mode, Params, Weight
+
+DEFAULT_MEMORY = 2**30
+
+
+class Products:
+    """What every curvature operator of one model and data set shares.
+
+    The loss is the average over the whole set, L = sum_b c_b l_b / sum_b c_b with c_b the terms of batch b (or the plain
+    sum where the loss sums), and each product is averaged alike. Recordings are kept for as many batches as `memory`
+    allows and made anew when parameters, buffers, modes or the second_derivative context have changed.
+
+    Args:
+        model: any module; compiled and DDP wrappers are looked through.
+        loss_fn: loss_fn(outputs, targets) -> scalar.
+        data: one batch, or a re-iterable of batches.
+        params: names or glob patterns; None for all that require a gradient.
+        forward: forward(model, batch) -> (outputs, targets).
+        mode: "train", "eval", or None for the model as it is. Dropout masks are fixed for each batch at construction.
+        memory: bytes for kept recordings of a set of several batches (1 GiB when None); one batch is always kept.
+        weight: how many terms a batch's loss averages, for losses that are not torch's own.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        data: Any,
+        *,
+        params: Params = None,
+        forward: Forward | None = None,
+        mode: Mode = None,
+        memory: int | None = None,
+        weight: Weight | None = None,
+    ) -> None:
+        if mode not in (None, "train", "eval"):
+            raise TwofoldError(f'mode must be "train", "eval" or None; {mode!r} came.')
+        if memory is not None and not memory >= 0:
+            raise TwofoldError(f"memory is a number of bytes, 0 or more; {memory!r} came.")
+        self.model = unwrap(model)
+        self.loss: Loss = as_loss(loss_fn, weight)
+        self.parameters = select_parameters(self.model, params)
+        self.layout = ParameterLayout(self.parameters)
+        self._batches = as_batches(data)
+        self._forward = forward
+        self._mode: Mode = mode
+        self._memory = DEFAULT_MEMORY if memory is None else memory
+        self._random_states = [RandomState()]
+        self._kept: dict[int, Recording] = {}
+        self._num_batches: int | None = None
+        self._bytes_each = 0
+        self._fingerprint: tuple[Any, Tensor] | None = None
+
+    def matmat(self, rows: Tensor, parts: Sequence[Matrix]) -> list[Tensor]:
+        """Return each named matrix times K vectors.
+
+        Args:
+            rows: the vectors, [K, P].
+            parts: which matrices, in the order wanted.
+
+        Returns:
+            One tensor [K, P] for each part.
+        """
+        sums = [torch.zeros_like(rows) for _ in parts]
+        total = 0.0
+        for recording in self._recordings():
+            total += recording.count
+            if recording.count == 0:
+                continue
+            for k, row in enumerate(rows):
+                for result, product in zip(sums, recording.products(self.layout.unflatten(row), parts), strict=True):
+                    result[k].add_(self.layout.flatten(product), alpha=recording.count)
+        return [result.div_(self._normaliser(total)) for result in sums]
+
+    def loss_and_gradient(self) -> tuple[float, Tensor]:
+        """Return the loss of the whole set and its gradient [P]."""
+        value, total = 0.0, 0.0
+        gradient = torch.zeros(self.layout.size, dtype=self.layout.dtype, device=self.layout.device)
+        for recording in self._recordings():
+            total += recording.count
+            if recording.count > 0:
+                value += recording.count * recording.value.item()
+                gradient.add_(self.layout.flatten(recording.gradient), alpha=recording.count)
+        return value / self._normaliser(total), gradient.div_(self._normaliser(total))
+
+    def _normaliser(self, total: float) -> float:
+        if not self.loss.averages:
+            return 1.0
+        if total == 0:
+            raise TwofoldError(
+                "The loss averages over no term at all: every target is ignored (ignore_index), or every weight is 0."
+            )
+        return total
+
+    def _recordings(self) -> Iterator[Recording]:
+        self._forget_when_stale()
+        if self._num_batches is not None and len(self._kept) == self._num_batches:
+            yield from self._kept.values()
+            return
+        seen = 0
+        for index, batch in enumerate(self._batches):
+            recording = self._kept.get(index)
+            if recording is None:
+                recording = self._record(index, batch)
+                if index == 0:
+                    self._bytes_each = saved_bytes(recording)
+                if index == 0 or (len(self._kept) + 1) * self._bytes_each <= self._memory:
+                    self._kept[index] = recording
+            seen = index + 1
+            yield recording
+            del recording
+        if seen == 0:
+            raise TwofoldError(EMPTY_DATA.format(came=describe(self._batches)))
+        if self._num_batches not in (None, seen):
+            raise TwofoldError(
+                f"data yielded {self._num_batches} batches before and {seen} now; a curvature matrix needs the same "
+                "batches each time. Pass list(loader)."
+            )
+        self._num_batches = seen
+        if seen > 1 and self._bytes_each > self._memory:
+            self._kept.clear()
+
+    def _record(self, index: int, batch: Any) -> Recording:
+        aliases = {name: parameter.detach().requires_grad_() for name, parameter in self.parameters.items()}
+        with borrowed(self.model, aliases, self._mode) as model:
+            self._random_states[index].restore()
+            with differentiable_twice(model):
+                outputs, targets = run_forward(self._forward, model, to_device(batch, self.layout.device))
+            if len(self._random_states) == index + 1:
+                after = RandomState()
+                same = after == self._random_states[index]
+                self._random_states.append(self._random_states[index] if same else after)
+            check_reached(outputs, self.parameters)
+            return Recording(outputs, targets, self.loss, aliases)
+
+    def _forget_when_stale(self) -> None:
+        """Drop what was recorded at other parameters, buffers, modes or second derivatives than the present ones.
+
+        Fused optimisers and writes through .data do not bump a tensor's version, so values are looked at as well.
+        """
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        in_memory = self._batches if isinstance(self._batches, list | tuple) else []
+        watched = [leaf for leaf in tree_leaves(list(in_memory)) if isinstance(leaf, Tensor)]
+        marks = (
+            [(id(module), module.training) for module in self.model.modules()],
+            [(tensor.data_ptr(), _version(tensor)) for tensor in [*tensors, *watched]],
+            active_second_derivatives(),
+        )
+        sums = _checksums(tensors)
+        if self._fingerprint is None or marks != self._fingerprint[0] or not torch.equal(sums, self._fingerprint[1]):
+            self._kept.clear()
+            self._fingerprint = (marks, sums)
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+_BLOCKS = 61
+
+
+def _checksums(tensors: Sequence[Tensor]) -> Tensor:
+    """Sums of the tensors' bits, exact in int64, over 61 blocks each: as fast as memory can be read."""
+    sums = [torch.zeros(0, dtype=torch.int64)]
+    for tensor in tensors:
+        flat = tensor.detach().reshape(-1)
+        flat = torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat
+        words = flat.numel() * flat.element_size() // (8 * _BLOCKS) * _BLOCKS
+        head = words * 8 // flat.element_size()
+        if words and flat.storage_offset() * flat.element_size() % 8 == 0:
+            sums.append(flat[:head].view(torch.int64).view(_BLOCKS, -1).sum(1).cpu())
+        else:
+            head = 0
+        tail = flat[head:]
+        bits = tail.view(_INTEGERS[tail.element_size()]) if tail.is_floating_point() else tail
+        sums.append(bits.to(torch.int64).cpu())
+    return torch.cat(sums)
+
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -1,0 +1,166 @@
+"""Named parameters as one vector: selection, and the way from a flat vector to named tensors and back."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from twofold.batches import describe
+from twofold.errors import TwofoldError
+from twofold.types import Params, Vectors
+
+
+def select_parameters(model: nn.Module, params: Params = None) -> dict[str, nn.Parameter]:
+    """Choose parameters by name or glob pattern, in the model's order.
+
+    Args:
+        model: any module.
+        params: a name or pattern ("layer3.*") or several; None means all that require a gradient. Names of tied
+            parameters resolve to the one parameter; a frozen parameter that is named is included.
+
+    Returns:
+        {first name in the model: parameter}, each parameter once.
+
+    Raises:
+        TwofoldError: when a pattern matches nothing, or nothing is left to choose.
+
+    Example:
+        >>> list(select_parameters(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)), "*.weight"))
+        ['0.weight', '1.weight']
+    """
+    named = dict(model.named_parameters())
+    if params is None:
+        chosen = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
+        if not chosen:
+            raise TwofoldError(
+                f"{type(model).__name__} has no parameter that requires a gradient ({len(named)} parameters in all). "
+                "Name the ones you mean in params=; frozen parameters that are named are included."
+            )
+    else:
+        patterns = [params] if isinstance(params, str) else list(params)
+        wanted: set[int] = set()
+        everything = list(model.named_parameters(remove_duplicate=False))
+        for pattern in patterns:
+            if not isinstance(pattern, str):
+                raise TwofoldError(f"params takes names or glob patterns; {describe(pattern)} came.")
+            matched = {id(parameter) for name, parameter in everything if fnmatchcase(name, pattern)}
+            if not matched:
+                names = ", ".join(name for name, _ in everything[:12]) + (", ..." if len(everything) > 12 else "")
+                raise TwofoldError(f"params: {pattern!r} matches no parameter. The model has: {names or 'none'}.")
+            wanted |= matched
+        if not patterns:
+            raise TwofoldError("params is empty: name at least one parameter, or pass None for all that are trained.")
+        chosen = {name: parameter for name, parameter in named.items() if id(parameter) in wanted}
+    for name, parameter in chosen.items():
+        if not parameter.is_floating_point():
+            raise TwofoldError(
+                f"Parameter {name!r} is {parameter.dtype}: second derivatives are offered for real floating-point "
+                "parameters. Leave it out by naming the others in params=."
+            )
+        if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
+            raise TwofoldError(f"Parameter {name!r} is not initialised yet: run the model once on a batch first.")
+    return chosen
+
+
+class ParameterLayout:
+    """Where each named parameter lies in the vector theta [P].
+
+    Attributes:
+        shapes: {name: shape}, in the vector's order.
+        size: P, the number of entries.
+        dtype: the vector's dtype (the widest among the parameters).
+        device: the first parameter's device.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        self.shapes = {name: parameter.shape for name, parameter in parameters.items()}
+        self._sizes = [parameter.numel() for parameter in parameters.values()]
+        self._likes = [(parameter.dtype, parameter.device) for parameter in parameters.values()]
+        self.size = sum(self._sizes)
+        self.device = self._likes[0][1]
+        dtype = self._likes[0][0]
+        for other, _ in self._likes:
+            dtype = torch.promote_types(dtype, other)
+        self.dtype = dtype
+
+    def flatten(self, tensors: Iterable[Tensor]) -> Tensor:
+        """Join tensors of the parameters' shapes, in order, into one vector [P]."""
+        return torch.cat([tensor.detach().reshape(-1).to(self.device, self.dtype) for tensor in tensors])
+
+    def unflatten(self, vector: Tensor) -> list[Tensor]:
+        """Split a vector [P] into tensors of the parameters' shapes, dtypes and devices (views where it can)."""
+        parts = vector.split(self._sizes)
+        return [
+            part.view(shape).to(device, dtype)
+            for part, shape, (dtype, device) in zip(parts, self.shapes.values(), self._likes, strict=True)
+        ]
+
+    def as_dict(self, vector: Tensor) -> dict[str, Tensor]:
+        """Name the parts of a vector [P], or of vectors [P, K] (the parts are then [*shape, K])."""
+        parts = vector.split(self._sizes)
+        return {
+            name: part.reshape(*shape, *vector.shape[1:])
+            for part, (name, shape) in zip(parts, self.shapes.items(), strict=True)
+        }
+
+    def from_dict(self, named: Mapping[str, Tensor]) -> Tensor:
+        """Join named tensors of the parameters' shapes into one vector [P]; the order of the names is free.
+
+        Raises:
+            TwofoldError: when a name is missing or unknown, or a shape differs.
+        """
+        missing, unknown = self.shapes.keys() - named.keys(), named.keys() - self.shapes.keys()
+        if missing or unknown:
+            raise TwofoldError(
+                f"A vector given by names must have exactly the chosen parameters: missing {sorted(missing) or 'none'}, "
+                f"unknown {sorted(unknown) or 'none'}."
+            )
+        for name, shape in self.shapes.items():
+            if named[name].shape != shape:
+                raise TwofoldError(f"v[{name!r}] has shape {tuple(named[name].shape)}; expected {tuple(shape)}.")
+        return torch.cat([self._checked(named[name]).reshape(-1) for name in self.shapes])
+
+    def columns(self, vectors: Vectors) -> Tensor:
+        """Check vectors in any accepted form and return them as columns [P, K] (K = 1 for one vector).
+
+        Raises:
+            TwofoldError: for another shape, a dtype that would lose precision, or entries that are not finite.
+        """
+        if isinstance(vectors, Mapping):
+            vectors = self.from_dict(vectors)
+        if not isinstance(vectors, Tensor):
+            raise TwofoldError(
+                f"v is {describe(vectors)}; expected a tensor [P] or [P, K] with P = {self.size}, or a mapping of named tensors."
+            )
+        if vectors.dim() not in (1, 2) or vectors.shape[0] != self.size:
+            raise TwofoldError(
+                f"v has shape {tuple(vectors.shape)}; expected [{self.size}] or [{self.size}, K], or a mapping of named tensors."
+            )
+        vectors = self._checked(vectors)
+        if not torch.isfinite(vectors).all():
+            raise TwofoldError("v has entries that are NaN or infinite.")
+        return vectors if vectors.dim() == 2 else vectors.unsqueeze(1)
+
+    def _checked(self, vector: Tensor) -> Tensor:
+        if not vector.is_floating_point() or torch.promote_types(vector.dtype, self.dtype) != self.dtype:
+            raise TwofoldError(f"v is {vector.dtype}; the parameters are {self.dtype}. Pass v.to({self.dtype}).")
+        return vector.detach().to(self.device, self.dtype)
+
+
+def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    """Inner product of two lists of tensors, summed in float32 or better."""
+    return torch.stack([_sum_of_products(a, b) for a, b in zip(left, right, strict=True)]).sum()
+
+
+def norm(tensors: Sequence[Tensor]) -> Tensor:
+    """One global 2-norm over a list of tensors, in float32 or better."""
+    wide = [tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
+    return torch.linalg.vector_norm(
+        torch.stack([torch.linalg.vector_norm(tensor).to(wide[0].device) for tensor in wide])
+    )
+
+
+def _sum_of_products(a: Tensor, b: Tensor) -> Tensor:
+    wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    return torch.dot(a.reshape(-1).to(wide), b.reshape(-1).to(wide))
