@@ -1,0 +1,324 @@
+"""What a run is: frozen, checked, and the same as JSON.
+
+A recipe is a function that returns a RunConfig; a variant changes fields of it with `dataclasses.replace`.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Self
+
+from twofold.errors import TwofoldError
+from twofold.lab.data import AUGMENTATIONS, DATA_SETS
+from twofold.lab.models import ACTIVATIONS, MODELS, NORMS
+
+OPTIMIZERS = ("sgd", "adamw")
+REGULARIZERS = (
+    "none",
+    "sam",
+    "usam",
+    "gradient_penalty",
+    "weight_noise",
+    "hessian_trace",
+    "gauss_newton_trace",
+)
+SCHEDULES = ("cosine", "constant")
+
+
+@dataclass(frozen=True)
+class _Config:
+    """What all parts of a configuration share: checks that name the field, and the way to and from JSON."""
+
+    def _refuse(self, name: str, came: Any, expected: str) -> TwofoldError:
+        return TwofoldError(f"{type(self).__name__}.{name} is {came!r}; expected {expected}.")
+
+    def _choice(self, name: str, known: Iterable[str]) -> None:
+        came = getattr(self, name)
+        if came not in tuple(known):
+            raise self._refuse(name, came, "one of " + ", ".join(known))
+
+    def _integer(self, name: str, low: int, optional: bool = False) -> None:
+        came = getattr(self, name)
+        if came is None and optional:
+            return
+        if isinstance(came, bool) or not isinstance(came, int) or came < low:
+            raise self._refuse(name, came, f"an integer of at least {low}" + (" or None" if optional else ""))
+
+    def _real(self, name: str, low: float = 0.0, high: float = math.inf, open_low: bool = False) -> None:
+        """Check a finite number and store it as a float, so that 1 and 1.0 are the same run."""
+        came = getattr(self, name)
+        number = not isinstance(came, bool) and isinstance(came, int | float) and math.isfinite(came)
+        if not number or came < low or came > high or (open_low and came == low):
+            bound = f"above {low:g}" if open_low else f"of at least {low:g}"
+            bound += "" if high == math.inf else f" and at most {high:g}"
+            raise self._refuse(name, came, f"a finite number {bound}")
+        object.__setattr__(self, name, float(came) + 0.0)  # + 0.0 turns -0.0 into 0.0
+
+    def _flag(self, name: str) -> None:
+        came = getattr(self, name)
+        if not isinstance(came, bool):
+            raise self._refuse(name, came, "True or False")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as JSON values; `from_dict` is the inverse."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Build from `to_dict`'s form; missing fields take their defaults.
+
+        Raises:
+            TwofoldError: a field is unknown, or its value cannot be used.
+        """
+        if not isinstance(values, Mapping):
+            raise TwofoldError(f"{cls.__name__} is built from a mapping of its fields, not from {values!r}.")
+        known = [f.name for f in fields(cls)]
+        unknown = [str(name) for name in values if name not in known]
+        if unknown:
+            raise TwofoldError(f"{cls.__name__} has no field {', '.join(unknown)}; it has {', '.join(known)}.")
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class DataConfig(_Config):
+    """Which data, how much of it, and how noisy its training labels are.
+
+    Attributes:
+        name: a data set of `twofold.lab.data`.
+        num_train: training examples, drawn from the published training set.
+        num_validation: validation examples with clean labels, disjoint from the training examples.
+        num_test: test examples; None takes the whole published test set.
+        label_noise: share of the training examples whose labels are drawn anew, uniformly over all classes.
+        seed: picks the subset, the split and the label noise.
+        pool: average pooling factor of images (2 makes 28x28 into 14x14).
+        augmentation: what training images go through: "none", or "flip_crop" (mirror; crop after padding by 4).
+    """
+
+    name: str = "mnist1d"
+    num_train: int = 4000
+    num_validation: int = 500
+    num_test: int | None = None
+    label_noise: float = 0.0
+    seed: int = 0
+    pool: int = 1
+    augmentation: str = "none"
+
+    def __post_init__(self) -> None:
+        self._choice("name", DATA_SETS)
+        self._integer("num_train", 1)
+        self._integer("num_validation", 1)
+        self._integer("num_test", 1, optional=True)
+        self._real("label_noise", high=1.0)
+        self._integer("seed", 0)
+        self._integer("pool", 1)
+        self._choice("augmentation", AUGMENTATIONS)
+
+
+@dataclass(frozen=True)
+class ModelConfig(_Config):
+    """Which model, how large, and with which activation and normalisation.
+
+    Attributes:
+        name: "mlp", "conv" or "wideresnet".
+        width: units of a hidden layer; channels of the conv net; the widening factor k of WideResNet-d-k.
+        depth: hidden layers; convolutions; the d of WideResNet-d-k (d = 6n + 4).
+        activation: a name of `twofold.lab.models.ACTIVATIONS`.
+        norm: "none", "batch" or "layer".
+        beta: the beta of "beta_gelu"; other activations do not read it.
+    """
+
+    name: str = "mlp"
+    width: int = 64
+    depth: int = 4
+    activation: str = "gelu"
+    norm: str = "none"
+    beta: float = 1.0
+
+    def __post_init__(self) -> None:
+        self._choice("name", MODELS)
+        self._integer("width", 1)
+        self._integer("depth", 1)
+        self._choice("activation", ACTIVATIONS)
+        self._choice("norm", NORMS)
+        self._real("beta", open_low=True)
+        if self.name == "wideresnet" and (self.depth < 10 or (self.depth - 4) % 6):
+            raise self._refuse("depth", self.depth, "6n + 4 for a WideResNet: 10, 16, 22, 28, ...")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig(_Config):
+    """The base optimiser. AdamW reads `lr` and `weight_decay` only."""
+
+    name: str = "sgd"
+    lr: float = 0.05
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 5e-4
+
+    def __post_init__(self) -> None:
+        self._choice("name", OPTIMIZERS)
+        self._real("lr")
+        self._real("momentum", high=1.0)
+        self._flag("nesterov")
+        self._real("weight_decay")
+        if self.nesterov and self.momentum == 0:
+            raise self._refuse("nesterov", True, "False where momentum is 0")
+
+
+@dataclass(frozen=True)
+class RegularizerConfig(_Config):
+    """What stands in place of `loss.backward()`.
+
+    Attributes:
+        name: a regularizer, or "none".
+        strength: rho of the sharpness methods, sigma of weight noise, or the factor of a trace.
+        options: further arguments of the regularizer's constructor, as pairs or a mapping; kept sorted by name.
+        second_derivative: phi'' of the activation while the regularizer works: None leaves it, "0" sets it to zero,
+            "gaussian:BETA" puts beta / sqrt(2 pi) exp(-beta^2 x^2 / 2) in its place.
+    """
+
+    name: str = "none"
+    strength: float = 0.0
+    options: tuple[tuple[str, Any], ...] = ()
+    second_derivative: str | None = None
+
+    def __post_init__(self) -> None:
+        self._choice("name", REGULARIZERS)
+        self._real("strength")
+        self._normalise_options()
+        _ = self.second_derivative_beta
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values, the options as a mapping."""
+        return {**super().to_dict(), "options": dict(self.options)}
+
+    def _normalise_options(self) -> None:
+        came = self.options
+        try:
+            options = dict(came)
+        except (TypeError, ValueError):
+            raise self._refuse("options", came, "(name, value) pairs") from None
+        for name, value in options.items():
+            plain = isinstance(value, str | int | float | bool | None)
+            if not isinstance(name, str) or not plain or (isinstance(value, float) and not math.isfinite(value)):
+                raise self._refuse("options", came, "names with text, finite numbers, True, False or None as values")
+        object.__setattr__(self, "options", tuple(sorted(options.items())))
+
+    @property
+    def second_derivative_beta(self) -> float | None:
+        """None: phi'' is left alone; 0: it is zero; else the beta of the synthetic Gaussian."""
+        came = self.second_derivative
+        if came is None:
+            return None
+        if came == "0":
+            return 0.0
+        kind, _, text = came.partition(":") if isinstance(came, str) else ("", "", "")
+        try:
+            beta = float(text)
+        except ValueError:
+            beta = math.nan
+        if kind != "gaussian" or not 0 < beta < math.inf:
+            raise self._refuse("second_derivative", came, 'None, "0" or "gaussian:BETA" with a positive BETA')
+        return beta
+
+
+@dataclass(frozen=True)
+class RunConfig(_Config):
+    """One training run: everything that decides its numbers, beside the versions of the code.
+
+    Attributes:
+        data, model, optimizer, regularizer: the parts.
+        epochs: passes over the training examples.
+        batch_size: examples a step; the last batch of an epoch may be smaller.
+        warmup_epochs: epochs over which the learning rate rises linearly from 0.
+        schedule: "cosine" (to 0 at the last step) or "constant", after the warm-up.
+        seed: initialisation, shuffling, augmentation and the regularizer's noise.
+        curvature_every: measure tr and ||.||_F of H, GN and NME every so many epochs; 0 never.
+        curvature_probe: training examples in the fixed batch that is measured.
+        curvature_matvecs: matrix-vector products for each estimate.
+        max_steps: stop (and end the schedule) here, even inside an epoch; None: after `epochs`.
+        threads: torch threads; the last bits of a convolution depend on them.
+        device: "cpu", "cuda" or "cuda:1".
+    """
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    regularizer: RegularizerConfig = field(default_factory=RegularizerConfig)
+    epochs: int = 25
+    batch_size: int = 128
+    warmup_epochs: int = 0
+    schedule: str = "cosine"
+    seed: int = 100
+    curvature_every: int = 0
+    curvature_probe: int = 256
+    curvature_matvecs: int = 16
+    max_steps: int | None = None
+    threads: int = 1
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for name, kind in _PARTS.items():
+            if not isinstance(getattr(self, name), kind):
+                raise self._refuse(name, getattr(self, name), f"a {kind.__name__}")
+        for name in ("epochs", "batch_size", "curvature_probe", "curvature_matvecs", "threads"):
+            self._integer(name, 1)
+        for name in ("warmup_epochs", "seed", "curvature_every"):
+            self._integer(name, 0)
+        self._integer("max_steps", 1, optional=True)
+        self._choice("schedule", SCHEDULES)
+        if self.warmup_epochs > self.epochs:
+            raise self._refuse("warmup_epochs", self.warmup_epochs, f"at most the {self.epochs} epochs of the run")
+        if not isinstance(self.device, str) or self.device.partition(":")[0] not in ("cpu", "cuda"):
+            raise self._refuse("device", self.device, '"cpu", "cuda" or "cuda:N"')
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values, the parts as mappings."""
+        return {**super().to_dict(), **{name: getattr(self, name).to_dict() for name in _PARTS}}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Build from `to_dict`'s form; missing fields take their defaults."""
+        if isinstance(values, Mapping):
+            values = {n: _PARTS[n].from_dict(v) if n in _PARTS else v for n, v in values.items()}
+        return super().from_dict(values)
+
+    def label(self) -> str:
+        """Short text for people: data, model, regularizer, seed."""
+        model, regularizer = self.model, self.regularizer
+        activation = f"beta_gelu({model.beta:g})" if model.activation == "beta_gelu" else model.activation
+        texts = [f"{name}={value}" for name, value in regularizer.options]
+        if regularizer.second_derivative is not None:
+            texts.append(f"phi''={regularizer.second_derivative}")
+        penalty = "" if regularizer.name == "none" else f" {regularizer.strength:g}"
+        extra = f" ({', '.join(texts)})" if texts else ""
+        return f"{self.data.name} {model.name} {activation}, {regularizer.name}{penalty}{extra}, seed {self.seed}"
+
+
+_PARTS: dict[str, Any] = {
+    "data": DataConfig,
+    "model": ModelConfig,
+    "optimizer": OptimizerConfig,
+    "regularizer": RegularizerConfig,
+}
+
+
+def mnist1d() -> RunConfig:
+    """Setting M1D: MNIST-1D with 30 % label noise, MLP 40-64x4-10, 800 steps of SGD with cosine decay."""
+    return RunConfig(
+        data=DataConfig(name="mnist1d", num_train=4000, num_validation=500, label_noise=0.3),
+        model=ModelConfig(name="mlp", width=64, depth=4, activation="gelu"),
+        optimizer=OptimizerConfig(name="sgd", lr=0.05, momentum=0.9, weight_decay=5e-4),
+        epochs=25,
+        batch_size=128,
+    )
+
+
+def fashion_mnist() -> RunConfig:
+    """Setting FM: 2000 Fashion-MNIST images of 14x14 with 40 % label noise, MLP 196-100x3-10, 40 epochs."""
+    return replace(
+        mnist1d(),
+        data=DataConfig(name="fashion-mnist", num_train=2000, num_validation=2000, label_noise=0.4, pool=2),
+        model=ModelConfig(name="mlp", width=100, depth=3, activation="gelu"),
+        epochs=40,
+    )

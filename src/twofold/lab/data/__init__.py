@@ -1,0 +1,57 @@
+"""Data sets by name, cut, split and noised as a DataConfig says.
+
+Adding one: a file with `load_source(data_dir) -> Source`, and a row in DATA_SETS; where it can be downloaded also
+`fetch(directory)`, and a row in _FETCH.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from twofold.errors import TwofoldError
+from twofold.lab.data import fashion_mnist, mnist1d
+from twofold.lab.data.augmentation import AUGMENTATIONS, augment
+from twofold.lab.data.dataset import Dataset, Source, TensorPair, prepare
+
+if TYPE_CHECKING:
+    from twofold.lab.config import DataConfig
+
+__all__ = ["AUGMENTATIONS", "DATA_SETS", "Dataset", "Source", "TensorPair", "augment", "fetch", "load"]
+
+DATA_SETS: Mapping[str, Callable[[Path | None], Source]] = {
+    "mnist1d": mnist1d.load_source,
+    "fashion-mnist": fashion_mnist.load_source,
+}
+"""Every data set: its name and what reads or makes it."""
+
+_FETCH: Mapping[str, Callable[[Path], None]] = {"fashion-mnist": fashion_mnist.fetch}
+
+
+def load(config: "DataConfig", data_dir: Path | None = None) -> Dataset:
+    """The data of a run; the same tensors whenever and wherever it is called with the same configuration.
+
+    Args:
+        config: which data, how much, and how noisy.
+        data_dir: where downloaded files lie; None looks in $TWOFOLD_DATA and the usual places.
+
+    Raises:
+        TwofoldError: files are missing or damaged, or more examples are asked for than there are.
+
+    Example:
+        >>> from twofold.lab.config import DataConfig
+        >>> load(DataConfig(name="mnist1d")).train.inputs.shape
+        torch.Size([4000, 40])
+    """
+    return prepare(config, DATA_SETS[config.name](data_dir))
+
+
+def fetch(name: str, data_dir: Path) -> None:
+    """Download a data set into `data_dir` and check it; files that are there and right are kept.
+
+    Raises:
+        TwofoldError: the name is unknown, the network or the disk refuses, or what came is not the data.
+    """
+    if name not in DATA_SETS:
+        raise TwofoldError(f"There is no data set {name!r}; known: {', '.join(DATA_SETS)}.")
+    if name in _FETCH:
+        _FETCH[name](Path(data_dir))

@@ -1,0 +1,50 @@
+"""Activations and normalisations by name."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from twofold.lab.config import ModelConfig
+
+
+def _beta_gelu(beta: float) -> nn.Module:
+    from twofold.activations import BetaGELU
+
+    return BetaGELU(beta=beta)
+
+
+_PLAIN: Mapping[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "leaky_relu": partial(nn.LeakyReLU, 0.2),
+    "gelu": nn.GELU,
+    "gelu_tanh": partial(nn.GELU, approximate="tanh"),
+    "silu": nn.SiLU,
+    "mish": nn.Mish,
+    "elu": nn.ELU,
+    "softplus": nn.Softplus,
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+}
+
+ACTIVATIONS = (*_PLAIN, "beta_gelu")
+"""Names that ModelConfig.activation may take; leaky_relu has slope 0.2, beta_gelu is x Phi(beta x)."""
+
+NORMS = ("none", "batch", "layer")
+"""Names that ModelConfig.norm may take; "layer" normalises over all of an example's channels and positions."""
+
+_BATCH_NORMS = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d}
+
+
+def activation(config: "ModelConfig") -> nn.Module:
+    """The activation that `config` names."""
+    return _beta_gelu(config.beta) if config.activation == "beta_gelu" else _PLAIN[config.activation]()
+
+
+def norm(config: "ModelConfig", channels: int, dimensions: int) -> nn.Module:
+    """The normalisation that `config` names, over [N, channels] and `dimensions` further axes."""
+    if config.norm == "none":
+        return nn.Identity()
+    return _BATCH_NORMS[dimensions](channels) if config.norm == "batch" else nn.GroupNorm(1, channels)

@@ -1,0 +1,357 @@
+"""Run directories: `<out>/runs/<id>/`, written once, never computed twice, read as a table.
+
+    config.json           what was run
+    environment.json      where and with which versions
+    metrics.csv           one row an epoch, from epoch 0 (before training) on; no times in it
+    weights.safetensors   the model at the end
+    status.json           finished, diverged or failed (with the error); written last, with checksums of the others
+    checkpoint.safetensors  while the run is under way
+
+Every file is written beside its place and renamed into it, so that a reader sees the whole file or none.
+"""
+
+import csv
+import io
+import json
+import os
+import platform
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import lru_cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal
+
+import filelock
+import pandas as pd
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+import twofold
+from twofold.errors import TwofoldError, TwofoldWarning
+from twofold.lab.config import RunConfig
+from twofold.lab.models import build
+
+Status = Literal["finished", "diverged", "failed"]
+Row = dict[str, float]
+
+_CONFIG, _ENVIRONMENT, _METRICS = "config.json", "environment.json", "metrics.csv"
+_WEIGHTS, _STATUS, _CHECKPOINT = "weights.safetensors", "status.json", "checkpoint.safetensors"
+_CHANGES_NO_NUMBERS = ("cli.py", "integrations", "lab/figures", "lab/report", "lab/sweep.py")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as it lies on disk.
+
+    Attributes:
+        id: its name, a hash of what makes it what it is.
+        config: what was run.
+        status: "finished", "diverged" (its loss became infinite or NaN: a result) or "failed".
+        metrics: one row an epoch; empty for a failed run.
+        final: the last row of `metrics`.
+        path: its directory.
+        error: the traceback of a failed run, else "".
+    """
+
+    id: str
+    config: RunConfig
+    status: Status
+    metrics: pd.DataFrame
+    final: dict[str, float]
+    path: Path
+    error: str = ""
+
+
+def run_id(config: RunConfig) -> str:
+    """The name of a run: a hash of its configuration (threads and device among it), of twofold's code and of torch.
+
+    Example:
+        >>> from twofold.lab.config import mnist1d
+        >>> run_id(mnist1d()) == run_id(mnist1d())
+        True
+    """
+    identity = {"config": config.to_dict(), "code": code_version(), "torch": torch.__version__}
+    return sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@lru_cache(maxsize=1)
+def code_version() -> str:
+    """twofold's version, and a checksum of the sources that decide a run's numbers: a changed checkout runs anew."""
+    root = Path(twofold.__file__).parent
+    digest = sha256()
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root).as_posix()
+        if not name.startswith(_CHANGES_NO_NUMBERS):
+            digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return f"{twofold.__version__}+{digest.hexdigest()[:12]}"
+
+
+def prepare_output(out: Path) -> None:
+    """Make `<out>/runs` and see that it can be written to.
+
+    Raises:
+        TwofoldError: it cannot.
+    """
+    runs = Path(out) / "runs"
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=runs):
+            pass
+    except OSError as error:
+        raise TwofoldError(
+            f"The output directory {out} cannot be written to ({error.strerror or error}). "
+            "Name another, or free it, with --out."
+        ) from error
+
+
+class RunDirectory:
+    """The directory of one run, for the one who computes it.
+
+    Args:
+        out: the output directory; the run lies in `<out>/runs/<id>`.
+        config: what is run.
+    """
+
+    def __init__(self, out: Path, config: RunConfig) -> None:
+        self.config = config
+        self.id = run_id(config)
+        self.path = Path(out) / "runs" / self.id
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Wait until no other process computes this run, then keep others waiting; a killed process lets go."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(self.path / ".lock"):
+            yield
+
+    def result(self) -> Run | None:
+        """The run if it is finished or diverged; None if it is to be computed.
+
+        A damaged result is told (a TwofoldWarning that names the file) and counts as none.
+        """
+        if not (self.path / _STATUS).exists():
+            return None
+        try:
+            run = load_run(self.path)
+        except TwofoldError as error:
+            warnings.warn(f"{error} The run is computed anew.", TwofoldWarning, stacklevel=2)
+            return None
+        return None if run.status == "failed" else run
+
+    def begin(self) -> None:
+        """Clear what an earlier attempt left, except its checkpoint; write configuration and environment."""
+        for stale in [_STATUS, _METRICS, _WEIGHTS]:
+            (self.path / stale).unlink(missing_ok=True)
+        for stale in self.path.glob(".*.tmp"):
+            stale.unlink(missing_ok=True)
+        self._write(_CONFIG, _json(self.config.to_dict()))
+        self._write(_ENVIRONMENT, _json(_environment(self.config)))
+
+    def write_checkpoint(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Keep what is needed to go on: tensors by name, and JSON values."""
+        text = json.dumps(state)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        metadata = {"state": text, "sha256": _checksum(tensors, text)}
+        # not durable: after a power cut the checksum tells, and the run starts over
+        self._write(_CHECKPOINT, safetensors.torch.save(tensors, metadata), durable=False)
+
+    def read_checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """What `write_checkpoint` kept; None if there is none, or (then told) if it is damaged."""
+        path = self.path / _CHECKPOINT
+        if not path.exists():
+            return None
+        try:
+            tensors, metadata = _load_safetensors(path)
+            if metadata.get("sha256") != _checksum(tensors, metadata.get("state", "")):
+                raise TwofoldError(f"{path} is damaged: its checksum does not match.")
+        except TwofoldError as error:
+            warnings.warn(f"{error} The run starts over.", TwofoldWarning, stacklevel=2)
+            return None
+        return tensors, json.loads(metadata["state"])
+
+    def finish(
+        self,
+        status: Literal["finished", "diverged"],
+        rows: Sequence[Row],
+        model: nn.Module,
+        input_shape: Sequence[int],
+        num_classes: int,
+        seconds: float,
+    ) -> None:
+        """Write metrics and weights, then the status; the checkpoint goes."""
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        metadata = {"input_shape": json.dumps(list(input_shape)), "num_classes": str(num_classes)}
+        self._write(_METRICS, _csv(rows))
+        self._write(_WEIGHTS, safetensors.torch.save(weights, metadata))
+        checksums = {name: _file_checksum(self.path / name) for name in (_CONFIG, _METRICS, _WEIGHTS)}
+        self._write(_STATUS, _json({"status": status, "seconds": round(seconds, 3), "sha256": checksums}))
+        (self.path / _CHECKPOINT).unlink(missing_ok=True)
+
+    def fail(self, error: str) -> None:
+        """Record that the run failed, and why; the next attempt goes on from its checkpoint."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._write(_CONFIG, _json(self.config.to_dict()))
+        self._write(_STATUS, _json({"status": "failed", "error": error, "sha256": {}}))
+
+    def _write(self, name: str, content: bytes, durable: bool = True) -> None:
+        temporary = self.path / f".{name}.{os.getpid()}.tmp"
+        with temporary.open("wb") as file:
+            file.write(content)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        temporary.replace(self.path / name)
+
+
+def load_run(directory: Path) -> Run:
+    """Read one run directory, checking every file against the checksums in its status.
+
+    Raises:
+        TwofoldError: there is no run, it is not finished, or a file of it is damaged; the message names the file.
+    """
+    path = Path(directory)
+    if not (path / _STATUS).exists():
+        state = "has not finished" if (path / _CONFIG).exists() else "is no run directory"
+        raise TwofoldError(f"{path} {state}: it holds no {_STATUS}.")
+    status = _read_json(path / _STATUS)
+    checksums = status.get("sha256")
+    if status.get("status") not in ("finished", "diverged", "failed") or not isinstance(checksums, dict):
+        raise TwofoldError(f"{path / _STATUS} is damaged: it holds no status that is known.")
+    if status["status"] != "failed":
+        _verify(path, checksums)
+    config = RunConfig.from_dict(_read_json(path / _CONFIG))
+    metrics = pd.DataFrame()
+    if status["status"] != "failed":
+        metrics = pd.read_csv(path / _METRICS, float_precision="round_trip")
+    final = {str(name): value for name, value in metrics.iloc[-1].items()} if len(metrics) else {}
+    return Run(path.name, config, status["status"], metrics, final, path, status.get("error", ""))
+
+
+def load_runs(out: Path, ids: Sequence[str] | None = None) -> list[Run]:
+    """The runs of an output directory, in the order of `ids`, or all that have a status, by id.
+
+    Damaged runs are left out with a warning that names the file, unless they are asked for by id.
+
+    Raises:
+        TwofoldError: a run in `ids` is missing or damaged.
+    """
+    runs = Path(out) / "runs"
+    if ids is not None:
+        return [load_run(runs / name) for name in ids]
+    found = []
+    for status in sorted(runs.glob(f"*/{_STATUS}")):
+        try:
+            found.append(load_run(status.parent))
+        except TwofoldError as error:
+            warnings.warn(f"{error} The run is left out.", TwofoldWarning, stacklevel=2)
+    return found
+
+
+def load_table(out: Path, ids: Sequence[str] | None = None) -> pd.DataFrame:
+    """One row a run: id, status, every field of its configuration ("regularizer.strength"), its final metrics.
+
+    Args:
+        out: the output directory.
+        ids: which runs, in this order; None takes all.
+
+    Raises:
+        TwofoldError: a run in `ids` is missing or damaged.
+    """
+    rows = []
+    for run in load_runs(out, ids):
+        rows.append({"id": run.id, "status": run.status, **flatten(run.config.to_dict()), **run.final})
+    return pd.DataFrame(rows)
+
+
+def load_model(directory: Path) -> tuple[nn.Module, RunConfig]:
+    """The trained model of a run, on the CPU and in eval mode, and its configuration.
+
+    Raises:
+        TwofoldError: the run has no weights (it failed), or a file of it is damaged.
+    """
+    run = load_run(directory)
+    if run.status == "failed":
+        raise TwofoldError(f"{run.path} has no weights: the run failed.")
+    weights, metadata = _load_safetensors(run.path / _WEIGHTS)
+    input_shape, num_classes = json.loads(metadata["input_shape"]), int(metadata["num_classes"])
+    model = build(run.config.model, input_shape, num_classes, seed=0)
+    model.load_state_dict(weights)
+    return model.eval(), run.config
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, names joined by dots."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat
+
+
+def _environment(config: RunConfig) -> dict[str, Any]:
+    cuda = config.device.startswith("cuda")
+    return {
+        "twofold": code_version(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "threads": config.threads,
+        "device": torch.cuda.get_device_name(config.device) if cuda else platform.machine(),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _verify(path: Path, checksums: Mapping[str, str]) -> None:
+    for name in (_CONFIG, _METRICS, _WEIGHTS):
+        if not (path / name).exists():
+            raise TwofoldError(f"{path / name} is missing.")
+        if _file_checksum(path / name) != checksums.get(name):
+            raise TwofoldError(f"{path / name} is damaged: its checksum is not the one in {_STATUS}.")
+
+
+def _file_checksum(path: Path) -> str:
+    return sha256(path.read_bytes()).hexdigest()
+
+
+def _checksum(tensors: Mapping[str, Tensor], text: str) -> str:
+    digest = sha256(text.encode())
+    for name in sorted(tensors):
+        digest.update(name.encode() + bytes(tensors[name].reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except (safetensors.SafetensorError, OSError) as error:
+        raise TwofoldError(f"{path} is damaged: {error}.") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise TwofoldError(f"{path} is damaged: {error}.") from error
+    if not isinstance(values, dict):
+        raise TwofoldError(f"{path} is damaged: it holds no JSON object.")
+    return values
+
+
+def _json(values: Mapping[str, Any]) -> bytes:
+    return (json.dumps(values, indent=2) + "\n").encode()
+
+
+def _csv(rows: Sequence[Row]) -> bytes:
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
