@@ -178,6 +178,7 @@ class RunDirectory:
 
     def finish(
         self,
+        *,
         status: Literal["finished", "diverged"],
         rows: Sequence[Row],
         model: nn.Module,
@@ -329,7 +330,8 @@ def _checksum(tensors: Mapping[str, Tensor], text: str) -> str:
 def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+            names = file.keys()
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except (safetensors.SafetensorError, OSError) as error:
         raise TwofoldError(f"{path} is damaged: {error}.") from error
 

@@ -1,13 +1,33 @@
-"""Many runs on this machine."""
+"""Many runs on this machine: one process a core, one run at a time in each, nothing computed twice."""
 
+import signal
+import time
+import traceback
+import warnings
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 
+import loky
+
+from twofold.errors import TwofoldError, TwofoldWarning
 from twofold.lab.config import RunConfig
+from twofold.lab.data import load
+from twofold.lab.runs import RunDirectory, prepare_output
+from twofold.lab.training import train
 
 Progress = Callable[[int, int, float | None], None]
 """progress(done, total, seconds_left): called at the start and after every run; seconds_left is None until known."""
+
+Compute = Callable[[RunDirectory, Path | None], str]
+"""compute(directory, data_dir) -> status: what a worker does with one run."""
+
+# Workers outlive a sweep by this long, so that the next one starts at once; orphans of a killed sweep end after it.
+_IDLE_SECONDS = 30
+_ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+_DIED_TWICE = "The process of this run died twice: it was killed, ran out of memory, or crashed."
 
 
 @dataclass(frozen=True)
@@ -17,7 +37,7 @@ class SweepResult:
     Attributes:
         finished: ids of the finished runs, in the order of the configurations.
         diverged: ids of those whose loss became infinite or NaN: results, with metrics.
-        failed: id -> error of those that raised or whose process died twice.
+        failed: id -> error of those that raised, or whose process died twice; the traceback is in their status.json.
         reused: how many of the finished and diverged were there before.
     """
 
@@ -27,6 +47,13 @@ class SweepResult:
     reused: int
 
 
+def compute(directory: RunDirectory, data_dir: Path | None) -> str:
+    """Train one run into its directory and return its status."""
+    train(directory.config, data_dir=data_dir, directory=directory)
+    run = directory.result()
+    return "failed" if run is None else run.status
+
+
 def sweep(
     configs: Sequence[RunConfig],
     out: Path,
@@ -34,6 +61,124 @@ def sweep(
     workers: int | None = None,
     data_dir: Path | None = None,
     progress: Progress | None = None,
+    compute: Compute = compute,
 ) -> SweepResult:
-    """Train every configuration that has no result in `out` yet."""
-    raise NotImplementedError
+    """Train every configuration that has no result in `out` yet.
+
+    The numbers of a run do not depend on the number of workers or on the order. A run that raises is recorded with its
+    error and does not stop the others; a worker that dies costs its run one retry, alone. Ctrl-C ends the sweep;
+    finished runs stay, interrupted ones go on from their checkpoints the next time.
+
+    Args:
+        configs: what to run; equal ones are run once.
+        out: the output directory.
+        workers: processes; None takes one for each core.
+        data_dir: where data files lie.
+        progress: called with (done, total, seconds left or None).
+        compute: what a worker does with one run.
+
+    Raises:
+        TwofoldError: before anything starts: `out` cannot be written to, data cannot be had, or `workers` is no count.
+    """
+    if workers is not None and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 1):
+        raise TwofoldError(f"workers is {workers!r}; expected an integer of at least 1, or None for one a core.")
+    prepare_output(out)
+    directories = {directory.id: directory for directory in (RunDirectory(out, config) for config in configs)}
+    outcomes = {name: (run.status, "") for name, d in directories.items() if (run := d.result()) is not None}
+    reused = len(outcomes)
+    pending = [directory for name, directory in directories.items() if name not in outcomes]
+    for data in {directory.config.data for directory in pending}:
+        load(data, data_dir)
+
+    report = _Report(progress, reused, len(directories))
+    if pending:
+        num_workers = min(workers or loky.cpu_count(), len(pending))
+
+        def submit(directory: RunDirectory) -> Future:
+            return _pool(num_workers).submit(_work, compute, directory, data_dir)
+
+        def record(directory: RunDirectory, status: str, error: str) -> None:
+            outcomes[directory.id] = (status, error)
+            report.one_more()
+
+        try:
+            _run_all(pending, num_workers, submit, record)
+        except BaseException:
+            _pool(num_workers).shutdown(wait=True, kill_workers=True)
+            raise
+    return SweepResult(
+        finished=tuple(name for name in directories if outcomes[name][0] == "finished"),
+        diverged=tuple(name for name in directories if outcomes[name][0] == "diverged"),
+        failed={name: outcomes[name][1] for name in directories if outcomes[name][0] == "failed"},
+        reused=reused,
+    )
+
+
+def _run_all(
+    pending: Sequence[RunDirectory],
+    num_workers: int,
+    submit: Callable[[RunDirectory], Future],
+    record: Callable[[RunDirectory, str, str], None],
+) -> None:
+    """Keep every worker busy; after a death, which breaks the pool, try each run that was in flight again alone."""
+    waiting, suspects = deque(pending), deque[RunDirectory]()
+    in_flight: dict[Future, RunDirectory] = {}
+    while waiting or suspects or in_flight:
+        alone = bool(suspects) and not in_flight
+        if alone:
+            directory = suspects.popleft()
+            in_flight[submit(directory)] = directory
+        while waiting and not suspects and not alone and len(in_flight) < num_workers:
+            directory = waiting.popleft()
+            in_flight[submit(directory)] = directory
+        done, _ = wait(in_flight, return_when=FIRST_COMPLETED)
+        if any(isinstance(future.exception(), BrokenExecutor) for future in done):
+            done, _ = wait(in_flight)
+        for future in done:
+            directory = in_flight.pop(future)
+            if not isinstance(future.exception(), BrokenExecutor):
+                record(directory, *future.result())
+            elif alone:
+                directory.fail(_DIED_TWICE)
+                record(directory, "failed", _DIED_TWICE)
+            else:
+                suspects.append(directory)
+
+
+def _pool(num_workers: int):
+    """The pool of this process: the one of before while it is whole, a new one after a worker died."""
+    return loky.get_reusable_executor(
+        num_workers, timeout=_IDLE_SECONDS, initializer=_leave_interrupts_to_parent, env=_ONE_THREAD
+    )
+
+
+def _leave_interrupts_to_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _work(compute: Compute, directory: RunDirectory, data_dir: Path | None) -> tuple[str, str]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", TwofoldWarning)  # a sweep varies on purpose what they warn about
+            return compute(directory, data_dir), ""
+    except Exception as error:
+        return "failed", "".join(traceback.format_exception_only(error)).strip()
+
+
+class _Report:
+    """Counts runs and estimates the time left from those computed here."""
+
+    def __init__(self, progress: Progress | None, reused: int, total: int) -> None:
+        self._progress, self._done, self._total = progress, reused, total
+        self._computed, self._started = 0, time.monotonic()
+        self._tell(None)
+
+    def one_more(self) -> None:
+        self._done += 1
+        self._computed += 1
+        elapsed = time.monotonic() - self._started
+        self._tell(elapsed / self._computed * (self._total - self._done))
+
+    def _tell(self, seconds_left: float | None) -> None:
+        if self._progress is not None:
+            self._progress(self._done, self._total, seconds_left)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,14 +33,12 @@ def load_source(data_dir: Path | None = None) -> Source:
     return Source(train, test, num_classes=10, validation=validation)
 
 
-def _generate(num_samples: int, seed: int) -> dict[str, np.ndarray]:
+def _generate(num_samples: int, seed: int) -> dict[str, Any]:
     try:
-        from mnist1d.data import get_dataset_args, make_dataset
+        from mnist1d.data import ObjectView, get_dataset_args, make_dataset
     except ImportError as error:
         raise TwofoldError(f"MNIST-1D needs the lab extra ({error}): pip install 'twofold[lab]'.") from error
-    arguments = get_dataset_args()
-    arguments.num_samples = num_samples
-    arguments.seed = seed
+    arguments = ObjectView({**get_dataset_args(as_dict=True), "num_samples": num_samples, "seed": seed})
     with _global_random_states_restored():  # the package seeds and draws from the global ones
         return make_dataset(arguments)
 
