@@ -43,21 +43,23 @@ NO_DOUBLE_BACKWARD = """\
 The original error was: {error}"""
 
 FSDP = """\
-{came} is sharded (FSDP): its parameters are not whole on any rank, and no Hessian-vector product can be taken through it.
-Measure an unsharded copy: build the model without FSDP and load a full state dict into it, on one device or under DDP."""
+{came} is sharded (FSDP): its parameters are not whole on any rank, and no Hessian-vector product can be taken through
+it. Measure an unsharded copy: build the model without FSDP and load a full state dict into it, on one device or under
+DDP."""
 
 SCRIPTED = """\
-{came} is a torch.jit module: its graph cannot be differentiated twice here. Pass the plain nn.Module it was made from."""
+{came} is a torch.jit module: its graph cannot be differentiated twice here. Pass the plain nn.Module that it was made
+from."""
 
 HIDDEN_PARAMETER = """\
-Parameter {name!r} reaches the outputs by another way than as an attribute of its module (a closure, a global or a nested
-container holds it), so its curvature would be left out silently. Register it on the module and read it as self.<name>, or
-leave it out by naming the others in params=."""
+Parameter {name!r} reaches the outputs by another way than as an attribute of its module (a closure, a global or a
+nested container holds it), so its curvature would be left out silently. Register it on the module and read it as
+self.<name>, or leave it out by naming the others in params=."""
 
 LOSS_USES_PARAMETERS = """\
-loss_fn depends on the model's parameter {name!r} directly, not only through the outputs (weight decay inside the loss?).
-H = GN + NME splits the curvature of loss(outputs(parameters)). Take that term out of loss_fn (its Hessian is known), or let
-forward= return it among the outputs."""
+loss_fn depends on the model's parameter {name!r} directly, not only through the outputs (weight decay in the loss?).
+H = GN + NME splits the curvature of loss(outputs(parameters)). Take that term out of loss_fn (its Hessian is known), or
+let forward= return it among the outputs."""
 
 CHECKPOINT = """\
 torch.utils.checkpoint cannot be combined with this product: {error}

@@ -5,6 +5,7 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from twofold.batches import describe
 from twofold.errors import TwofoldError
@@ -58,7 +59,7 @@ def select_parameters(model: nn.Module, params: Params = None) -> dict[str, nn.P
                 f"Parameter {name!r} is {parameter.dtype}: second derivatives are offered for real floating-point "
                 "parameters. Leave it out by naming the others in params=."
             )
-        if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
+        if isinstance(parameter, UninitializedParameter):
             raise TwofoldError(f"Parameter {name!r} is not initialised yet: run the model once on a batch first.")
     return chosen
 
@@ -84,9 +85,9 @@ class ParameterLayout:
             dtype = torch.promote_types(dtype, other)
         self.dtype = dtype
 
-    def flatten(self, tensors: Iterable[Tensor]) -> Tensor:
-        """Join tensors of the parameters' shapes, in order, into one vector [P]."""
-        return torch.cat([tensor.detach().reshape(-1).to(self.device, self.dtype) for tensor in tensors])
+    def flatten(self, tensors: Iterable[Tensor], *, out: Tensor | None = None) -> Tensor:
+        """Join tensors of the parameters' shapes, in order, into one vector [P], into `out` if given."""
+        return torch.cat([tensor.detach().reshape(-1).to(self.device, self.dtype) for tensor in tensors], out=out)
 
     def unflatten(self, vector: Tensor) -> list[Tensor]:
         """Split a vector [P] into tensors of the parameters' shapes, dtypes and devices (views where it can)."""
@@ -113,7 +114,7 @@ class ParameterLayout:
         missing, unknown = self.shapes.keys() - named.keys(), named.keys() - self.shapes.keys()
         if missing or unknown:
             raise TwofoldError(
-                f"A vector given by names must have exactly the chosen parameters: missing {sorted(missing) or 'none'}, "
+                f"A vector given by names must have the chosen parameters: missing {sorted(missing) or 'none'}, "
                 f"unknown {sorted(unknown) or 'none'}."
             )
         for name, shape in self.shapes.items():
@@ -131,14 +132,15 @@ class ParameterLayout:
             vectors = self.from_dict(vectors)
         if not isinstance(vectors, Tensor):
             raise TwofoldError(
-                f"v is {describe(vectors)}; expected a tensor [P] or [P, K] with P = {self.size}, or a mapping of named tensors."
+                f"v is {describe(vectors)}; expected a tensor [{self.size}] or [{self.size}, K], or named tensors."
             )
         if vectors.dim() not in (1, 2) or vectors.shape[0] != self.size:
             raise TwofoldError(
-                f"v has shape {tuple(vectors.shape)}; expected [{self.size}] or [{self.size}, K], or a mapping of named tensors."
+                f"v has shape {tuple(vectors.shape)}; expected [{self.size}] or [{self.size}, K], or named tensors."
             )
         vectors = self._checked(vectors)
-        if not torch.isfinite(vectors).all():
+        # A finite sum proves finite entries and is much cheaper to take; a sum may also overflow.
+        if not torch.isfinite(vectors.sum()) and not torch.isfinite(vectors).all():
             raise TwofoldError("v has entries that are NaN or infinite.")
         return vectors if vectors.dim() == 2 else vectors.unsqueeze(1)
 

@@ -1,7 +1,7 @@
 """A forward pass that can be differentiated twice and leaves no trace.
 
-`borrowed` lends a model for one or more passes: its parameters are replaced by aliases (same memory, leaves of their own,
-no hooks of the user's), its buffers by copies, and afterwards everything that hangs on its modules is put back, also when
+`borrowed` lends a model for one or more passes: its parameters are replaced by aliases (same memory, leaves of their
+own, no hooks of the user's), its buffers by copies, and afterwards all that hangs on its modules is put back, also when
 something raises. `differentiable_twice` repairs or refuses the operations that torch cannot differentiate twice.
 """
 
@@ -33,8 +33,9 @@ def unwrap(model: nn.Module) -> nn.Module:
             raise TwofoldError(f"model must be a torch.nn.Module; a {type(model).__name__} came.")
         if isinstance(model, torch.jit.ScriptModule):
             raise TwofoldError(SCRIPTED.format(came=type(model).__name__))
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
+        compiled_from = getattr(model, "_orig_mod", None)
+        if compiled_from is not None:
+            model = compiled_from
         elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             model = model.module
         else:
@@ -50,7 +51,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 class RandomState:
-    """The state of every global random generator that a forward pass may draw from: torch (CPU, CUDA), NumPy, Python."""
+    """The state of all global random generators that a pass may draw from: torch (CPU, CUDA), NumPy, Python."""
 
     def __init__(self) -> None:
         self._python = random.getstate()
@@ -87,18 +88,29 @@ def random_state_kept() -> Iterator[None]:
         state.restore()
 
 
-@contextmanager
-def module_state_kept(model: nn.Module) -> Iterator[None]:
-    """Put back all that hangs on the model's modules: attributes, registries, hooks, train or eval mode."""
-    saved = [(module, dict(module.__dict__), _containers(module)) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, attributes, containers in saved:
+class ModuleState:
+    """All that hangs on the modules of a model: attributes, registries, hooks, modes; not what tensors hold."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._saved = [(module, dict(module.__dict__), _containers(module)) for module in model.modules()]
+
+    def restore(self) -> None:
+        """Put everything back as it was."""
+        for module, attributes, containers in self._saved:
             module.__dict__.clear()
             module.__dict__.update(attributes)
             for name, content in containers.items():
                 _refill(attributes[name], content)
+
+
+@contextmanager
+def module_state_kept(model: nn.Module) -> Iterator[None]:
+    """Put back all that hangs on the model's modules afterwards, also when something raises."""
+    state = ModuleState(model)
+    try:
+        yield
+    finally:
+        state.restore()
 
 
 def _containers(module: nn.Module) -> dict[str, Any]:

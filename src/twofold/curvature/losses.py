@@ -1,8 +1,8 @@
 """What a loss gives to curvature: its value, how many terms it averages, H_z products and sampled residuals.
 
-torch's own losses (modules, functionals and partials of them) are recognised: their averages over a whole data set are
-exact, and cross-entropy, BCE-with-logits and MSE have H_z in closed form. Any other callable is differentiated twice, in
-its outputs only.
+torch's own losses (modules, functionals and partials of them) are recognised: their averages over a whole data set
+are exact, and cross-entropy, BCE-with-logits and MSE have H_z in closed form. Any other callable is differentiated
+twice, in its outputs only.
 
 With p = softmax(z) and S_n the total target weight of term n over the batch's denominator,
 
@@ -105,7 +105,7 @@ class Loss:
             TwofoldError: the loss is not one whose predictive distribution is known.
         """
         raise TwofoldError(
-            f"No predictive distribution is known for {describe_loss(self.loss_fn)}, so no labels can be drawn from it. "
+            f"No predictive distribution is known for {describe_loss(self.loss_fn)}: no labels can be drawn from it. "
             "Use cross-entropy, BCE-with-logits or MSE from torch, or estimator='hutchinson'."
         )
 
@@ -250,7 +250,10 @@ class _Counted(Loss):
 
     def __init__(self, loss_fn: LossFn, weight: Weight | None, *, averages: bool, terms: Weight) -> None:
         super().__init__(loss_fn, weight, averages=averages)
-        self._terms = terms
+        self._rule = terms
+
+    def _terms(self, outputs: Any, targets: Any) -> float:
+        return self._rule(outputs, targets)
 
 
 def _entries(outputs: Tensor, targets: Tensor) -> float:

@@ -77,15 +77,12 @@ class SymmetricOperator(ABC):
         def product(array: Any) -> Any:
             return (self @ torch.as_tensor(array, dtype=self.dtype, device=self.device)).cpu().numpy()
 
+        def flat(array: Any) -> Any:
+            return product(array.reshape(-1))
+
         dtype = torch.zeros((), dtype=self.dtype).numpy().dtype
-        return LinearOperator(
-            self.shape,
-            matvec=lambda array: product(array.reshape(-1)),
-            matmat=product,
-            rmatvec=lambda array: product(array.reshape(-1)),
-            rmatmat=product,
-            dtype=dtype,
-        )
+        options: Any = {"matvec": flat, "rmatvec": flat, "matmat": product, "rmatmat": product, "dtype": dtype}
+        return LinearOperator(self.shape, **options)
 
     def __add__(self, other: "SymmetricOperator") -> "SymmetricOperator":
         if not isinstance(other, SymmetricOperator):
@@ -119,7 +116,7 @@ class _Combination(SymmetricOperator):
         for _, operator in terms:
             if operator.layout.shapes != first.layout.shapes:
                 raise TwofoldError(
-                    f"Operators over other parameters cannot be added: {first.shape} and {operator.shape}, or other names."
+                    f"Operators over different parameters cannot be added: {first.shape} and {operator.shape}."
                 )
         super().__init__(first.layout)
         self._terms = list(terms)
@@ -189,8 +186,8 @@ class GaussNewton(_CurvatureOperator):
 class NME(_CurvatureOperator):
     """The nonlinear modeling error, mean_n sum_c (dl/dz_c)_n d2 z_c(x_n)/dtheta2: the model's own curvature.
 
-    Computed as the Hessian-vector product of <stop_gradient(dl/dz), z(theta)>, never by subtraction; a product costs the
-    time of two gradients; arguments are those of `Curvature`.
+    Computed as the Hessian-vector product of <stop_gradient(dl/dz), z(theta)>, never by subtraction; a product costs
+    the time of two gradients; arguments are those of `Curvature`.
     """
 
     part: ClassVar[Matrix] = "nme"

@@ -35,7 +35,7 @@ def private_generator(device: torch.device) -> torch.Generator:
 
 
 def rademacher(operator: Any, num_probes: int, generator: torch.Generator | None) -> Iterator[Tensor]:
-    """Yield probes [P] with entries +-1, in the operator's dtype and on its device (float64 on the CPU if it has none)."""
+    """Yield probes [P] with entries +-1, of the operator's dtype and device (float64 on the CPU if it has none)."""
     dtype, device = getattr(operator, "dtype", None), getattr(operator, "device", None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         dtype = torch.float64

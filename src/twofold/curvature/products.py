@@ -12,19 +12,20 @@ from twofold.batches import as_batches, describe, run_forward, to_device
 from twofold.curvature.differentiable import RandomState, borrowed, differentiable_twice, unwrap
 from twofold.curvature.losses import Loss, as_loss
 from twofold.curvature.recording import Recording, check_reached, saved_bytes
-from twofold.errors import EMPTY_DATA, TwofoldError
+from twofold.errors import EMPTY_DATA, NOT_FINITE, TwofoldError
 from twofold.parameters import ParameterLayout, select_parameters
 from twofold.types import Forward, LossFn, Matrix, Mode, Params, Weight
 
 DEFAULT_MEMORY = 2**30
+HALVES: tuple[Matrix, ...] = ("gauss_newton", "nme")
 
 
 class Products:
     """What every curvature operator of one model and data set shares.
 
-    The loss is the average over the whole set, L = sum_b c_b l_b / sum_b c_b with c_b the terms of batch b (or the plain
-    sum where the loss sums), and each product is averaged alike. Recordings are kept for as many batches as `memory`
-    allows and made anew when parameters, buffers, modes or the second_derivative context have changed.
+    The loss is the average over the whole set, L = sum_b c_b l_b / sum_b c_b with c_b the terms of batch b (or the
+    plain sum where the loss sums), and each product is averaged alike. Recordings are kept for as many batches as
+    `memory` allows and made anew when parameters, buffers, modes or the second_derivative context have changed.
 
     Args:
         model: any module; compiled and DDP wrappers are looked through.
@@ -77,36 +78,53 @@ class Products:
         Returns:
             One tensor [K, P] for each part.
         """
-        sums = [torch.zeros_like(rows) for _ in parts]
-        total = 0.0
+        # H alone takes one pass through an open gate; beside a half it is the sum of both.
+        halves = tuple(half for half in HALVES if half in parts or "hessian" in parts)
+        basis: tuple[Matrix, ...] = ("hessian",) if set(parts) == {"hessian"} else halves
+        averages = {part: torch.empty_like(rows) for part in basis}
+        total, first = 0.0, True
         for recording in self._recordings():
-            total += recording.count
             if recording.count == 0:
                 continue
+            total += recording.count
             for k, row in enumerate(rows):
-                for result, product in zip(sums, recording.products(self.layout.unflatten(row), parts), strict=True):
-                    result[k].add_(self.layout.flatten(product), alpha=recording.count)
-        return [result.div_(self._normaliser(total)) for result in sums]
+                products = recording.products(self.layout.unflatten(row), basis)
+                for average, product in zip(averages.values(), products, strict=True):
+                    if first:
+                        self.layout.flatten(product, out=average[k])
+                    else:
+                        self._average_in(average[k], self.layout.flatten(product), recording.count, total)
+                del products
+            first = False
+        self._check_total(total)
+        if "hessian" in parts and "hessian" not in basis:
+            averages["hessian"] = averages["gauss_newton"] + averages["nme"]
+        return [averages[part] for part in parts]
 
     def loss_and_gradient(self) -> tuple[float, Tensor]:
         """Return the loss of the whole set and its gradient [P]."""
-        value, total = 0.0, 0.0
+        value, total = torch.zeros((), dtype=torch.float64), 0.0
         gradient = torch.zeros(self.layout.size, dtype=self.layout.dtype, device=self.layout.device)
         for recording in self._recordings():
+            if recording.count == 0:
+                continue
             total += recording.count
-            if recording.count > 0:
-                value += recording.count * recording.value.item()
-                gradient.add_(self.layout.flatten(recording.gradient), alpha=recording.count)
-        return value / self._normaliser(total), gradient.div_(self._normaliser(total))
+            self._average_in(value, recording.value.double().cpu(), recording.count, total)
+            self._average_in(gradient, self.layout.flatten(recording.gradient), recording.count, total)
+        self._check_total(total)
+        return value.item(), gradient
 
-    def _normaliser(self, total: float) -> float:
-        if not self.loss.averages:
-            return 1.0
+    def _average_in(self, average: Tensor, part: Tensor, count: float, total: float) -> None:
+        if self.loss.averages:
+            average.lerp_(part, count / total)
+        else:
+            average.add_(part)
+
+    def _check_total(self, total: float) -> None:
         if total == 0:
             raise TwofoldError(
                 "The loss averages over no term at all: every target is ignored (ignore_index), or every weight is 0."
             )
-        return total
 
     def _recordings(self) -> Iterator[Recording]:
         self._forget_when_stale()
@@ -147,7 +165,10 @@ class Products:
                 same = after == self._random_states[index]
                 self._random_states.append(self._random_states[index] if same else after)
             check_reached(outputs, self.parameters)
-            return Recording(outputs, targets, self.loss, aliases)
+            recording = Recording(outputs, targets, self.loss, aliases)
+        if recording.count > 0 and not torch.isfinite(recording.value):
+            raise TwofoldError(NOT_FINITE.format(what="loss", came=recording.value.item(), where=f" (batch {index})"))
+        return recording
 
     def _forget_when_stale(self) -> None:
         """Drop what was recorded at other parameters, buffers, modes or second derivatives than the present ones.

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from twofold.curvature.differentiable import refusals_named
 from twofold.curvature.losses import Loss, OutputProduct, detached_leaves, is_differentiable
-from twofold.errors import HIDDEN_PARAMETER, LOSS_USES_PARAMETERS, NOT_FINITE, TwofoldError
+from twofold.errors import HIDDEN_PARAMETER, LOSS_USES_PARAMETERS, TwofoldError
 from twofold.types import Matrix
 
 
@@ -60,9 +60,10 @@ class Recording:
         value: the loss, detached.
         count: the batch's weight in an average over a data set.
         output_gradient: dl/dz, one tensor for each differentiable tensor of the outputs; torch's own, to the bit.
+        reads: for each of these, whether the loss depends on it at all.
 
     Raises:
-        TwofoldError: the loss is not scalar or not finite, or depends on the parameters beside the outputs.
+        TwofoldError: the loss is not scalar, or depends on the parameters beside the outputs.
     """
 
     def __init__(self, outputs: Any, targets: Any, loss: Loss, parameters: Mapping[str, Tensor]) -> None:
@@ -75,15 +76,14 @@ class Recording:
         value = loss(detached, targets)
         _check_loss_graph(value, leaves, parameters)
         self.value = value.detach()
-        self.output_gradient: list[Tensor]
-        if self.count == 0:
-            self.output_gradient = [torch.zeros_like(leaf) for leaf in leaves]
-        elif not torch.isfinite(self.value):
-            raise TwofoldError(NOT_FINITE.format(what="loss", came=self.value.item(), where=""))
-        elif value.requires_grad:
-            self.output_gradient = list(torch.autograd.grad(value, leaves, materialize_grads=True))
-        else:
-            self.output_gradient = [torch.zeros_like(leaf) for leaf in leaves]
+        self.output_gradient = [torch.zeros_like(leaf) for leaf in leaves]
+        self.reads = [True for _ in leaves]
+        if self.count > 0 and value.requires_grad:
+            known = torch.autograd.grad(value, leaves, allow_unused=True)
+            self.reads = [gradient is not None for gradient in known]
+            self.output_gradient = [
+                zero if u is None else u for zero, u in zip(self.output_gradient, known, strict=True)
+            ]
         self._gate = _Gate(self.output_gradient, _output_hessian_once(loss, detached, targets))
 
     @property

@@ -12,8 +12,8 @@ from twofold.types import Estimate
 def trace(operator: Any, num_matvecs: int = 64, *, generator: torch.Generator | None = None) -> Estimate:
     """Estimate tr A = E v'Av with Rademacher probes v (Hutchinson 1990).
 
-    The estimate is unbiased; its variance is 2 (||A||_F^2 - sum_i A_ii^2) / num_matvecs for symmetric A, so it is exact for
-    a diagonal matrix.
+    The estimate is unbiased; its variance is 2 (||A||_F^2 - sum_i A_ii^2) / num_matvecs for symmetric A, so it is
+    exact for a diagonal matrix.
 
     Args:
         operator: anything with .shape (P, P) and @: a twofold operator, a tensor, a SciPy operator.
