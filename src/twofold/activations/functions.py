@@ -1,0 +1,170 @@
+"""An activation with another second derivative, as a pair of autograd functions.
+
+    _Activation   y = phi(x)              derivative: _Slope
+    _Slope        g, x -> g phi'(x)       derivatives: phi'(x) in g (itself), g f(x) in x, f in the place of phi''
+
+Values and first derivatives come from torch's own operation and its own backward; only the derivative of the slope is
+new. All further derivatives are those that autograd finds for f. What the functions need they carry with them, since
+backward passes run in other threads and after the context that made them.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from twofold.errors import TwofoldError
+
+SecondDerivative = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an elementwise operation on a tensor, and f, the stand-in for its second derivative."""
+
+    func: Callable
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    in_place: bool
+    f: SecondDerivative
+    autocast: tuple[str, torch.dtype, bool]
+
+    def value(self, x: Tensor) -> Tensor:
+        """Return phi(x) as torch computes it; x is left alone also where the operation works in place."""
+        return self.func(x.clone() if self.in_place else x, *self.args, **self.kwargs)
+
+    def slope(self, g: Tensor, x: Tensor) -> Tensor:
+        """Return g phi'(x) by torch's own backward of the operation."""
+        with _plain_torch(), _autocast(*self.autocast), torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(self.value(x), x, g)[0]
+
+    def curvature(self, x: Tensor) -> Tensor:
+        """Return f(x), differentiable in x."""
+        with _plain_torch():
+            result = self.f(x)
+        if not isinstance(result, Tensor) or result.shape != x.shape:
+            came = f"a tensor of shape {list(result.shape)}" if isinstance(result, Tensor) else repr(result)
+            raise TwofoldError(
+                f"The stand-in for phi'' must be elementwise: for x of shape {list(x.shape)}, {self.f!r} gave {came}. "
+                "Return a tensor of the shape of x; for a constant pass the number itself to second_derivative."
+            )
+        return result
+
+
+class Flat(Call):
+    """The zero function with f as its second derivative, to be added to an operation that is piecewise linear.
+
+    Zeros are negative ones, since only they leave every number that they are added to as it is, +0 and -0 included.
+    """
+
+    def value(self, x: Tensor) -> Tensor:
+        """Return zeros."""
+        return torch.full_like(x, -0.0)
+
+    def slope(self, g: Tensor, x: Tensor) -> Tensor:
+        """Return zeros."""
+        return torch.full_like(x, -0.0)
+
+
+def activation(x: Tensor, call: Call) -> Tensor:
+    """Return phi(x) with f as its second derivative in every graph that is made of it."""
+    return _Activation.apply(x, call)  # pyrefly: ignore
+
+
+def saving_is_hooked() -> bool:
+    """Say whether tensors saved for backward go through hooks (torch.utils.checkpoint, offloading) at present."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+class _Activation(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, call: Call) -> Tensor:
+        if not saving_is_hooked():
+            return call.value(x)
+        # A checkpoint recomputes the pass, maybe after the context has gone, and finds what was saved by counting. So
+        # save just what torch's own operation saves; x itself is kept beside the hooks.
+        with torch.enable_grad():
+            return call.value(x.detach().requires_grad_(x.requires_grad)).detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Call], output: Tensor) -> None:
+        x, ctx.call = inputs
+        _keep(ctx, x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        (x,) = _kept(ctx)
+        return _Slope.apply(g, x, ctx.call), None  # pyrefly: ignore
+
+    @staticmethod
+    def jvp(ctx: Any, x_tangent: Tensor, _: None) -> Tensor:
+        (x,) = _kept(ctx)
+        return _Slope.apply(x_tangent, x, ctx.call)  # pyrefly: ignore
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, None], x: Tensor, call: Call) -> tuple[Tensor, int | None]:
+        return activation(x, call), in_dims[0]
+
+
+class _Slope(torch.autograd.Function):
+    @staticmethod
+    def forward(g: Tensor, x: Tensor, call: Call) -> Tensor:
+        return call.slope(g, x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Call], output: Tensor) -> None:
+        g, x, ctx.call = inputs
+        _keep(ctx, g, x)
+
+    @staticmethod
+    def backward(ctx: Any, c: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        g, x = _kept(ctx)
+        in_g = _Slope.apply(c, x, ctx.call) if ctx.needs_input_grad[0] else None  # pyrefly: ignore
+        in_x = (g * c * ctx.call.curvature(x)).to(x.dtype) if ctx.needs_input_grad[1] else None
+        return in_g, in_x, None
+
+    @staticmethod
+    def jvp(ctx: Any, g_tangent: Tensor, x_tangent: Tensor, _: None) -> Tensor:
+        g, x = _kept(ctx)
+        from_x = (g * x_tangent * ctx.call.curvature(x)).to(x.dtype)
+        return _Slope.apply(g_tangent, x, ctx.call) + from_x  # pyrefly: ignore
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, int | None, None], g: Tensor, x: Tensor, call: Call
+    ) -> tuple[Tensor, int]:
+        g, x = (
+            t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
+            for t, dim in zip((g, x), in_dims, strict=False)
+        )
+        return _Slope.apply(g, x, call), 0  # pyrefly: ignore
+
+
+def _keep(ctx: Any, *tensors: Tensor) -> None:
+    ctx.beside_hooks = tensors if saving_is_hooked() else None
+    if ctx.beside_hooks is None:
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+
+def _kept(ctx: Any) -> tuple[Tensor, ...]:
+    return ctx.saved_tensors if ctx.beside_hooks is None else ctx.beside_hooks
+
+
+def _plain_torch() -> Any:
+    """No override sees what happens within: a context active during a backward pass must not swap f's own pieces."""
+    return torch._C.DisableTorchFunction()
+
+
+@contextmanager
+def _autocast(device: str, dtype: torch.dtype, enabled: bool) -> Iterator[None]:
+    """Cast as the forward pass did, whatever holds where the backward pass runs."""
+    if not enabled and not torch.is_autocast_enabled(device):
+        yield
+        return
+    with torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False):
+        yield

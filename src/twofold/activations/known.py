@@ -1,0 +1,96 @@
+"""Which calls mean which activation.
+
+A new activation is one row of `SPELLINGS`. A model may reach one function by many ways (`F.relu`, `torch.relu`,
+`h.relu_()`, `torch.ops.aten.relu`); a spelling names all of them at once.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from twofold.activations.beta_gelu import beta_gelu
+
+_PLACES = (torch, torch.Tensor, F, torch._C._nn, torch.special, torch.ops.aten)
+
+# Name: its spellings, each an attribute looked up in _PLACES (also with "_" appended, the in-place form), or a callable
+# that goes through torch's override protocol.
+SPELLINGS: dict[str, tuple[str | Callable, ...]] = {
+    "beta_gelu": (beta_gelu,),
+    "celu": ("celu",),
+    "elu": ("elu",),
+    "gelu": ("gelu",),
+    "hardshrink": ("hardshrink",),
+    "hardsigmoid": ("hardsigmoid",),
+    "hardswish": ("hardswish",),
+    "hardtanh": ("hardtanh",),
+    "leaky_relu": ("leaky_relu",),
+    "logsigmoid": ("logsigmoid", "log_sigmoid"),
+    "mish": ("mish",),
+    "prelu": ("prelu",),
+    "relu": ("relu",),
+    "relu6": ("relu6",),
+    "rrelu": ("rrelu",),
+    "selu": ("selu",),
+    "sigmoid": ("sigmoid", "expit", "special_expit"),
+    "silu": ("silu",),
+    "softplus": ("softplus",),
+    "softshrink": ("softshrink",),
+    "softsign": ("softsign",),
+    "tanh": ("tanh",),
+    "tanhshrink": ("tanhshrink",),
+    "threshold": ("threshold",),
+}
+
+# Piecewise linear with a slope that is learned or drawn at random: the call itself has to stay in the graph.
+FREE_SLOPE = frozenset({"prelu", "rrelu"})
+
+# torch keeps only their output for the backward pass, so a model may overwrite their input.
+OUTPUT_KEPT = frozenset({"relu", "sigmoid", "tanh", "tanhshrink"})
+
+# Calls that apply activations inside one kernel, where no other phi'' can be put: the activations that hide there.
+FUSED: dict[Callable, tuple[str, ...]] = {
+    F.glu: ("sigmoid",),
+    torch._C._nn.glu: ("sigmoid",),
+    torch.lstm: ("sigmoid", "tanh"),
+    torch.lstm_cell: ("sigmoid", "tanh"),
+    torch.gru: ("sigmoid", "tanh"),
+    torch.gru_cell: ("sigmoid", "tanh"),
+    torch.rnn_tanh: ("tanh",),
+    torch.rnn_tanh_cell: ("tanh",),
+    torch.rnn_relu: ("relu",),
+    torch.rnn_relu_cell: ("relu",),
+}
+
+
+def _names_by_callable() -> dict[Callable, str]:
+    names: dict[Callable, str] = {}
+    for name, spellings in SPELLINGS.items():
+        for spelling in spellings:
+            if callable(spelling):
+                names[spelling] = name
+                continue
+            for place in _PLACES:
+                for attribute in (spelling, spelling + "_"):
+                    if hasattr(place, attribute):
+                        names[getattr(place, attribute)] = name
+    return names
+
+
+_NAMES = _names_by_callable()
+
+
+def activation_name(func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
+    """Return the name of the activation that a call means, None for any other call."""
+    name = _NAMES.get(getattr(func, "overloadpacket", func))
+    if name == "hardtanh":  # nn.ReLU6 calls hardtanh
+        bounds = (*args[1:3], *(kwargs[key] for key in ("min_val", "max_val") if key in kwargs))
+        return "relu6" if bounds == (0, 6) else name
+    return name
+
+
+def works_in_place(func: Callable, kwargs: Mapping[str, Any]) -> bool:
+    """Say whether a call of an activation overwrites its input."""
+    name = getattr(getattr(func, "overloadpacket", func), "__name__", "")
+    return bool(kwargs.get("inplace", False)) or name.endswith("_")
