@@ -1,0 +1,327 @@
+"""The passes that a regularizer makes over one batch: gradients here, at perturbed weights, or from a recorded graph.
+
+An algorithm is written once against `Passes`. The first pass is the real one: running statistics and random states move
+in it as in plain training. Every later pass sees the same dropout masks, writes into copies of the buffers and leaves
+no trace.
+"""
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from twofold.batches import run_forward
+from twofold.curvature.differentiable import (
+    RandomState,
+    buffers_replaced,
+    differentiable_twice,
+    module_state_kept,
+    refusals_named,
+)
+from twofold.curvature.losses import Loss, OutputProduct, Residual, as_loss
+from twofold.curvature.recording import Recording
+from twofold.errors import TwofoldError
+from twofold.types import Forward, LossFn, Matrix
+
+Gradients: TypeAlias = list[Tensor | None]
+"""One entry per trainable parameter; None where the loss does not depend on it."""
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """The first pass, with its graph kept for derivatives of the gradient.
+
+    Attributes:
+        loss: the loss, detached.
+        gradients: the plain gradient of every trainable parameter.
+        recording: the graph and the loss's derivatives in the outputs; the loss in it is multiplied with `scale`.
+        outputs: the model's outputs, on the graph.
+        targets: the batch's targets.
+        scale: a gradient scaler's factor, against underflow in half precision.
+        autocast: the caller's autocast.
+    """
+
+    loss: Tensor
+    gradients: Gradients
+    recording: Recording
+    outputs: Any
+    targets: Any
+    scale: float
+    autocast: "_Autocast"
+
+    def product(self, vector: Sequence[Tensor], matrix: Matrix) -> list[Tensor]:
+        """Return H v, GN v or NME v, v over the chosen parameters."""
+        with self.autocast.off():
+            return [product / self.scale for product in self.recording.products(vector, (matrix,))[0]]
+
+
+class Passes(ABC):
+    """Gradients of one batch at chosen points.
+
+    Args:
+        parameters: every trainable parameter.
+        chosen: positions of those that the regularizer perturbs, or whose curvature it penalises.
+        source: where random draws come from; None is torch's global generator.
+        share_masks: whether later passes repeat the random draws of the first.
+
+    Attributes:
+        count: weight of this batch in an average over several.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        chosen: Sequence[int],
+        *,
+        source: torch.Generator | None,
+        share_masks: bool,
+    ) -> None:
+        self.parameters = list(parameters)
+        self._chosen = list(chosen)
+        self._source = source
+        self._share_masks = share_masks
+        self._start: RandomState | None = None
+
+    @property
+    def chosen(self) -> list[nn.Parameter]:
+        """The parameters that the regularizer perturbs, or whose curvature it penalises."""
+        return [self.parameters[i] for i in self._chosen]
+
+    def of_chosen(self, gradients: Gradients) -> list[Tensor]:
+        """The chosen parameters' part of a gradient, zeros where the loss does not depend on them."""
+        parts = [(gradients[i], self.parameters[i]) for i in self._chosen]
+        return [torch.zeros_like(parameter) if part is None else part for part, parameter in parts]
+
+    def with_chosen(self, gradients: Gradients, parts: Sequence[Tensor]) -> Gradients:
+        """Put other tensors in the place of the chosen parameters' gradients; None stays None."""
+        result = list(gradients)
+        for i, part in zip(self._chosen, parts, strict=True):
+            result[i] = None if result[i] is None else part
+        return result
+
+    def noise_generator(self) -> torch.Generator:
+        """A generator for this batch's draws, seeded from torch's global one or the regularizer's own.
+
+        To be called before the first pass: the draws then differ from step to step and no pass sees them.
+        """
+        source = self._source
+        device = torch.device("cpu") if source is None else source.device
+        seed = int(torch.randint(2**62, (), generator=source, device=device))
+        return torch.Generator(self.chosen[0].device).manual_seed(seed)
+
+    def gradient(self, perturbation: Sequence[Tensor] | None = None) -> tuple[Tensor, Gradients]:
+        """Return the loss and its gradient at theta, or at theta + perturbation over the chosen parameters.
+
+        The weights come back from a saved copy, bit for bit, also when the pass raises.
+        """
+        with self._perturbed(perturbation):
+            if self._start is None:
+                self._start = RandomState()
+                return self._first_pass()
+            after = RandomState()
+            if self._share_masks:
+                self._start.restore()
+            result = self._later_pass()
+            if self._share_masks:
+                after.restore()
+            return result
+
+    def recorded(self) -> Recorded:
+        """Make the first pass and keep its graph, so that the gradient can be differentiated.
+
+        Raises:
+            TwofoldError: where passes are a closure's, which hides the outputs.
+        """
+        self._start = RandomState()
+        return self._recorded_pass()
+
+    @contextmanager
+    def _perturbed(self, perturbation: Sequence[Tensor] | None) -> Iterator[None]:
+        if perturbation is None:
+            yield
+            return
+        weights: list[Tensor] = [weight.detach() for weight in self.chosen]
+        saved = [weight.clone() for weight in weights]
+        try:
+            with torch.no_grad():
+                torch._foreach_add_(weights, list(perturbation))
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(weights, saved)
+
+    @abstractmethod
+    def _first_pass(self) -> tuple[Tensor, Gradients]: ...
+
+    @abstractmethod
+    def _later_pass(self) -> tuple[Tensor, Gradients]: ...
+
+    @abstractmethod
+    def _recorded_pass(self) -> Recorded: ...
+
+
+class ModelPasses(Passes):
+    """Passes of a model and a loss over one batch.
+
+    Args:
+        model: a plain module.
+        loss_fn: loss_fn(outputs, targets) -> scalar.
+        batch: one batch.
+        forward: forward(model, batch) -> (outputs, targets).
+        scale: the factor of a gradient scaler; each backward pass runs on the scaled loss.
+        parameters, chosen, source, share_masks: as in `Passes`.
+
+    Attributes:
+        outputs: what the model returned in the first pass.
+        targets: the targets of the first pass.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        batch: Any,
+        forward: Forward | None,
+        scale: float,
+        *,
+        parameters: Sequence[nn.Parameter],
+        chosen: Sequence[int],
+        source: torch.Generator | None,
+        share_masks: bool,
+    ) -> None:
+        super().__init__(parameters, chosen, source=source, share_masks=share_masks)
+        self.model = model
+        self.outputs: Any = None
+        self.targets: Any = None
+        self._loss_fn = loss_fn
+        self._batch = batch
+        self._forward = forward
+        self._scale = scale
+        self._autocast = _Autocast({"cpu", *(parameter.device.type for parameter in parameters)})
+
+    def _first_pass(self) -> tuple[Tensor, Gradients]:
+        outputs, targets, loss, gradients = self._pass()
+        self.outputs, self.targets = _detached(outputs), targets
+        return loss, gradients
+
+    def _later_pass(self) -> tuple[Tensor, Gradients]:
+        with module_state_kept(self.model):
+            buffers_replaced(self.model)
+            _, _, loss, gradients = self._pass()
+        return loss, gradients
+
+    def _pass(self) -> tuple[Any, Any, Tensor, Gradients]:
+        with self._autocast.fresh():
+            outputs, targets = run_forward(self._forward, self.model, self._batch)
+            loss = Loss(self._loss_fn)(outputs, targets)
+        with self._autocast.off():
+            scaled = loss if self._scale == 1 else loss * self._scale
+            gradients = torch.autograd.grad(scaled, self.parameters, allow_unused=True)
+        return outputs, targets, loss.detach(), self._unscaled(gradients)
+
+    def _unscaled(self, gradients: Sequence[Tensor | None]) -> Gradients:
+        """Divide gradients of the scaled loss by the scale."""
+        for gradient in gradients:
+            if gradient is not None and gradient.is_sparse:
+                raise TwofoldError("A parameter has a sparse gradient; build its nn.Embedding with sparse=False.")
+        if self._scale == 1:
+            return list(gradients)
+        return [None if gradient is None else gradient / self._scale for gradient in gradients]
+
+    def _recorded_pass(self) -> Recorded:
+        chosen = {str(i): parameter for i, parameter in zip(self._chosen, self.chosen, strict=True)}
+        with self._autocast.fresh(), differentiable_twice(self.model):
+            outputs, targets = run_forward(self._forward, self.model, self._batch)
+        self.outputs, self.targets = _detached(outputs), targets
+        loss = as_loss(self._loss_fn)
+        loss.loss_fn = self._autocast.inside(loss.loss_fn)
+        with self._autocast.off():
+            recording = Recording(outputs, targets, loss if self._scale == 1 else _Scaled(loss, self._scale), chosen)
+            read = [
+                (z, u)
+                for z, u, is_read in zip(recording.outputs, recording.output_gradient, recording.reads, strict=True)
+                if is_read and z.requires_grad
+            ]
+            if not read:
+                raise TwofoldError("The loss does not depend on any trainable parameter.")
+            attached, cotangents = zip(*read, strict=True)
+            with refusals_named():
+                gradients = torch.autograd.grad(
+                    attached, self.parameters, cotangents, retain_graph=True, allow_unused=True
+                )
+        value = recording.value / self._scale
+        return Recorded(value, self._unscaled(gradients), recording, outputs, targets, self._scale, self._autocast)
+
+
+def _detached(outputs: Any) -> Any:
+    return tree_map_only(Tensor, Tensor.detach, outputs)
+
+
+class _Scaled(Loss):
+    """A loss times a constant, against underflow in half precision."""
+
+    def __init__(self, loss: Loss, scale: float) -> None:
+        super().__init__(loss.loss_fn, averages=loss.averages)
+        self._loss = loss
+        self._factor = scale
+
+    def __call__(self, outputs: Any, targets: Any) -> Tensor:
+        return self._loss(outputs, targets) * self._factor
+
+    def count(self, outputs: Any, targets: Any) -> float:
+        return self._loss.count(outputs, targets)
+
+    def output_hessian(self, outputs: Any, targets: Any) -> OutputProduct:
+        product = self._loss.output_hessian(outputs, targets)
+
+        def scaled(tangents: Sequence[Tensor]) -> list[Tensor]:
+            wide = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in tangents]
+            return [(self._factor * h).to(t.dtype) for h, t in zip(product(wide), tangents, strict=True)]
+
+        return scaled
+
+    def residual(self, outputs: Tensor, targets: Any, kind: Residual, generator: torch.Generator | None) -> Tensor:
+        return self._loss.residual(outputs, targets, kind, generator)
+
+
+class _Autocast:
+    """The caller's autocast: every pass casts the weights anew, and derivatives are taken outside.
+
+    Autocast keeps the casts that it made of weights; a pass at perturbed weights would reuse those of the old ones.
+    """
+
+    def __init__(self, devices: set[str]) -> None:
+        self._ambient = {d: torch.get_autocast_dtype(d) for d in sorted(devices) if torch.is_autocast_enabled(d)}
+
+    @contextmanager
+    def fresh(self) -> Iterator[None]:
+        torch.clear_autocast_cache()
+        try:
+            yield
+        finally:
+            torch.clear_autocast_cache()
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for device in self._ambient:
+                stack.enter_context(torch.autocast(device, enabled=False))
+            yield
+
+    def inside(self, loss_fn: LossFn) -> LossFn:
+        """Return a loss function that runs under the caller's autocast wherever it is called."""
+
+        @functools.wraps(loss_fn)
+        def under_autocast(outputs: Any, targets: Any) -> Tensor:
+            with ExitStack() as stack:
+                for device, dtype in self._ambient.items():
+                    stack.enter_context(torch.autocast(device, dtype=dtype))
+                return loss_fn(outputs, targets)
+
+        return under_autocast
