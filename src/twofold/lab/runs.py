@@ -188,7 +188,8 @@ class RunDirectory:
     ) -> None:
         """Write metrics and weights, then the status; the checkpoint goes."""
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-        metadata = {"input_shape": json.dumps(list(input_shape)), "num_classes": str(num_classes)}
+        # one entry: safetensors writes several in random order, and the file would differ from run to run
+        metadata = {"model": json.dumps({"input_shape": list(input_shape), "num_classes": num_classes})}
         self._write(_METRICS, _csv(rows))
         self._write(_WEIGHTS, safetensors.torch.save(weights, metadata))
         checksums = {name: _file_checksum(self.path / name) for name in (_CONFIG, _METRICS, _WEIGHTS)}
@@ -281,8 +282,7 @@ def load_model(directory: Path) -> tuple[nn.Module, RunConfig]:
     if run.status == "failed":
         raise TwofoldError(f"{run.path} has no weights: the run failed.")
     weights, metadata = _load_safetensors(run.path / _WEIGHTS)
-    input_shape, num_classes = json.loads(metadata["input_shape"]), int(metadata["num_classes"])
-    model = build(run.config.model, input_shape, num_classes, seed=0)
+    model = build(run.config.model, **json.loads(metadata["model"]), seed=0)
     model.load_state_dict(weights)
     return model.eval(), run.config
 

@@ -84,7 +84,9 @@ def sweep(
         raise TwofoldError(f"workers is {workers!r}; expected an integer of at least 1, or None for one a core.")
     prepare_output(out)
     directories = {directory.id: directory for directory in (RunDirectory(out, config) for config in configs)}
-    outcomes = {name: (run.status, "") for name, d in directories.items() if (run := d.result()) is not None}
+    outcomes: dict[str, tuple[str, str]] = {
+        name: (run.status, "") for name, d in directories.items() if (run := d.result()) is not None
+    }
     reused = len(outcomes)
     pending = [directory for name, directory in directories.items() if name not in outcomes]
     for data in {directory.config.data for directory in pending}:

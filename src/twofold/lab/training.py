@@ -42,8 +42,8 @@ def train(
     A loss that becomes infinite or NaN ends the run there; that is a result, with status "diverged".
 
     Columns: epoch, step, lr; loss and accuracy (from 0 to 1) as "train/loss", "validation/accuracy", ..., where train
-    has the noisy labels that are trained on. Where curvature is measured, "curvature/<matrix>/<quantity>" and the same with
-    "_stderr": matrix is hessian, gauss_newton or nme, quantity is trace or frobenius_norm.
+    has the noisy labels that are trained on. Where curvature is measured, "curvature/<matrix>/<quantity>" and the same
+    with "_stderr": matrix is hessian, gauss_newton or nme, quantity is trace or frobenius_norm.
 
     Args:
         config: what to run.

@@ -5,6 +5,7 @@ import tempfile
 import urllib.request
 from functools import lru_cache
 from hashlib import sha256
+from http.client import HTTPException
 from pathlib import Path
 
 from torch import Tensor
@@ -51,9 +52,15 @@ def fetch(directory: Path, url: str = URL) -> None:
     """
     for name, digest in SHA256.items():
         target = directory / f"{name}.gz"
-        if target.exists() and sha256(read_maybe_gzipped(target)).hexdigest() == digest:
-            continue
-        _download(f"{url}/{name}.gz", target, digest)
+        if not target.exists() or _content_digest(target) != digest:
+            _download(f"{url}/{name}.gz", target, digest)
+
+
+def _content_digest(path: Path) -> str:
+    try:
+        return sha256(read_maybe_gzipped(path)).hexdigest()
+    except TwofoldError:
+        return "none, for it does not decompress"
 
 
 def _download(url: str, target: Path, digest: str) -> None:
@@ -67,12 +74,11 @@ def _download(url: str, target: Path, digest: str) -> None:
         with os.fdopen(handle, "wb") as file, urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as response:
             while chunk := response.read(1 << 20):
                 file.write(chunk)
-        came = sha256(read_maybe_gzipped(temporary)).hexdigest()
-        if came != digest:
+        if (came := _content_digest(temporary)) != digest:
             raise TwofoldError(f"{url} did not give {target.name}: SHA-256 of its content {came}, expected {digest}.")
         temporary.chmod(0o644)  # mkstemp made it private
         temporary.replace(target)
-    except OSError as error:
+    except (OSError, HTTPException) as error:
         reason = getattr(error, "reason", None) or error
         raise TwofoldError(_NO_DOWNLOAD.format(url=url, error=reason, directory=target.parent)) from error
     finally:
