@@ -8,6 +8,7 @@ new. All further derivatives are those that autograd finds for f. What the funct
 backward passes run in other threads and after the context that made them.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,10 @@ from torch import Tensor
 from twofold.errors import TwofoldError
 
 SecondDerivative = Callable[[Tensor], Tensor]
+"""f, an elementwise function that stands in for phi''."""
+
+Autocast = tuple[str, torch.dtype] | None
+"""Device and type that operations are cast to; None where autocast is off."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,8 @@ class Call:
     kwargs: Mapping[str, Any]
     in_place: bool
     f: SecondDerivative
-    autocast: tuple[str, torch.dtype, bool]
+    backward: Callable[..., Tensor] | None
+    autocast: Autocast
 
     def value(self, x: Tensor) -> Tensor:
         """Return phi(x) as torch computes it; x is left alone also where the operation works in place."""
@@ -38,7 +44,10 @@ class Call:
 
     def slope(self, g: Tensor, x: Tensor) -> Tensor:
         """Return g phi'(x) by torch's own backward of the operation."""
-        with _plain_torch(), _autocast(*self.autocast), torch.enable_grad():
+        if self.backward is not None and g.dtype == x.dtype:
+            with _plain_torch():
+                return self.backward(g, x, **{key: value for key, value in self.kwargs.items() if key != "inplace"})
+        with _plain_torch(), _cast_by(self.autocast, x), torch.enable_grad():
             x = x.detach().requires_grad_()
             return torch.autograd.grad(self.value(x), x, g)[0]
 
@@ -96,16 +105,19 @@ class _Activation(torch.autograd.Function):
         _keep(ctx, x)
 
     @staticmethod
+    # pyrefly: ignore[bad-override]
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         (x,) = _kept(ctx)
         return _Slope.apply(g, x, ctx.call), None  # pyrefly: ignore
 
     @staticmethod
+    # pyrefly: ignore[bad-override]
     def jvp(ctx: Any, x_tangent: Tensor, _: None) -> Tensor:
         (x,) = _kept(ctx)
         return _Slope.apply(x_tangent, x, ctx.call)  # pyrefly: ignore
 
     @staticmethod
+    # pyrefly: ignore[bad-override]
     def vmap(info: Any, in_dims: tuple[int | None, None], x: Tensor, call: Call) -> tuple[Tensor, int | None]:
         return activation(x, call), in_dims[0]
 
@@ -121,6 +133,7 @@ class _Slope(torch.autograd.Function):
         _keep(ctx, g, x)
 
     @staticmethod
+    # pyrefly: ignore[bad-override]
     def backward(ctx: Any, c: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         g, x = _kept(ctx)
         in_g = _Slope.apply(c, x, ctx.call) if ctx.needs_input_grad[0] else None  # pyrefly: ignore
@@ -128,12 +141,14 @@ class _Slope(torch.autograd.Function):
         return in_g, in_x, None
 
     @staticmethod
+    # pyrefly: ignore[bad-override]
     def jvp(ctx: Any, g_tangent: Tensor, x_tangent: Tensor, _: None) -> Tensor:
         g, x = _kept(ctx)
         from_x = (g * x_tangent * ctx.call.curvature(x)).to(x.dtype)
         return _Slope.apply(g_tangent, x, ctx.call) + from_x  # pyrefly: ignore
 
     @staticmethod
+    # pyrefly: ignore[bad-override]
     def vmap(
         info: Any, in_dims: tuple[int | None, int | None, None], g: Tensor, x: Tensor, call: Call
     ) -> tuple[Tensor, int]:
@@ -142,6 +157,11 @@ class _Slope(torch.autograd.Function):
             for t, dim in zip((g, x), in_dims, strict=False)
         )
         return _Slope.apply(g, x, call), 0  # pyrefly: ignore
+
+
+# `apply` inspects the signature of forward at each call, which costs more than a small activation itself.
+for _function in (_Activation, _Slope):
+    _function.forward.__signature__ = inspect.signature(_function.forward)  # pyrefly: ignore
 
 
 def _keep(ctx: Any, *tensors: Tensor) -> None:
@@ -160,11 +180,22 @@ def _plain_torch() -> Any:
     return torch._C.DisableTorchFunction()
 
 
+def autocast_of(x: Tensor) -> Autocast:
+    """Return the autocast in force for a tensor's device."""
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return device, torch.get_autocast_dtype(device)
+
+
 @contextmanager
-def _autocast(device: str, dtype: torch.dtype, enabled: bool) -> Iterator[None]:
+def _cast_by(autocast: Autocast, x: Tensor) -> Iterator[None]:
     """Cast as the forward pass did, whatever holds where the backward pass runs."""
-    if not enabled and not torch.is_autocast_enabled(device):
+    if autocast == autocast_of(x):
         yield
-        return
-    with torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False):
-        yield
+    elif autocast is None:
+        with torch.autocast(x.device.type, enabled=False):
+            yield
+    else:
+        with torch.autocast(autocast[0], dtype=autocast[1], cache_enabled=False):
+            yield

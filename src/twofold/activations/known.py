@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from twofold.activations.beta_gelu import beta_gelu
 
@@ -64,7 +65,19 @@ FUSED: dict[Callable, tuple[str, ...]] = {
 }
 
 
-def _names_by_callable() -> dict[Callable, str]:
+# torch's own backward kernels of the commonest, (g, x, settings) -> g phi'(x); for all others torch's backward is asked
+# for through autograd, which is slower on small tensors.
+_aten = torch.ops.aten
+BACKWARD: dict[str, Callable[..., Tensor]] = {
+    "gelu": _aten.gelu_backward,
+    "relu": lambda g, x: _aten.threshold_backward(g, x, 0),
+    "sigmoid": lambda g, x: _aten.sigmoid_backward(g, torch.sigmoid(x)),
+    "silu": _aten.silu_backward,
+    "tanh": lambda g, x: _aten.tanh_backward(g, torch.tanh(x)),
+}
+
+
+def _callables() -> dict[Callable, str]:
     names: dict[Callable, str] = {}
     for name, spellings in SPELLINGS.items():
         for spelling in spellings:
@@ -78,12 +91,12 @@ def _names_by_callable() -> dict[Callable, str]:
     return names
 
 
-_NAMES = _names_by_callable()
+CALLABLES = _callables()
 
 
 def activation_name(func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
     """Return the name of the activation that a call means, None for any other call."""
-    name = _NAMES.get(getattr(func, "overloadpacket", func))
+    name = CALLABLES.get(getattr(func, "overloadpacket", func))
     if name == "hardtanh":  # nn.ReLU6 calls hardtanh
         bounds = (*args[1:3], *(kwargs[key] for key in ("min_val", "max_val") if key in kwargs))
         return "relu6" if bounds == (0, 6) else name

@@ -14,10 +14,23 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from twofold.activations.functions import Call, Flat, SecondDerivative, activation, saving_is_hooked
+from twofold.activations.functions import Call, Flat, SecondDerivative, activation, autocast_of, saving_is_hooked
 from twofold.activations.gaussian import gaussian
-from twofold.activations.known import FREE_SLOPE, FUSED, OUTPUT_KEPT, SPELLINGS, activation_name, works_in_place
+from twofold.activations.known import (
+    BACKWARD,
+    FREE_SLOPE,
+    FUSED,
+    OUTPUT_KEPT,
+    SPELLINGS,
+    activation_name,
+    works_in_place,
+)
 from twofold.errors import TwofoldError, TwofoldWarning
+
+_COMPILED = (
+    "second_derivative cannot be entered inside a compiled function: torch.compile would fix or lose the swap. "
+    "Enter it outside, around the call of the compiled function, which then runs eagerly."
+)
 
 
 class second_derivative(ContextDecorator):  # noqa: N801 - a context manager, named as torch names its own
@@ -36,8 +49,8 @@ class second_derivative(ContextDecorator):  # noqa: N801 - a context manager, na
     torch.utils.checkpoint the inputs of the swapped activations stay in memory.
 
     Args:
-        value: f, the stand-in for phi'': a number (0 removes phi''), `gaussian(beta)`, or any elementwise function from a
-            tensor to a tensor of the same shape.
+        value: f, the stand-in for phi'': a number (0 removes phi''), `gaussian(beta)`, or any elementwise function from
+            a tensor to a tensor of the same shape.
         of: the name of an activation or several names; None means all known elementwise ones.
 
     Raises:
@@ -64,10 +77,17 @@ class second_derivative(ContextDecorator):  # noqa: N801 - a context manager, na
         return f"second_derivative({self._f!r}{of})"
 
     def __enter__(self) -> "second_derivative":
+        if torch.compiler.is_compiling():
+            raise TwofoldError(_COMPILED)
         swaps = {**_innermost_swaps(), **dict.fromkeys(self._names, self._f)}
-        # Compiled code is left as it is by overrides that come after it; importing the compiler only to stop it is slow.
-        eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else None
-        if eager is not None:
+        # Compiled code may not see overrides, and has no double backward. Where the compiler is not loaded nothing is
+        # compiled, and loading it takes seconds.
+        eager = None
+        if "torch._dynamo" in sys.modules:
+            try:
+                eager = torch.compiler.set_stance("force_eager")
+            except RuntimeError as error:
+                raise TwofoldError(_COMPILED) from error
             eager.__enter__()
         mode = _Swapping(swaps, self._warned)
         _here.active.append((mode, eager))
@@ -114,7 +134,8 @@ class _Swapping(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self is _here.active[-1][0]:
+        active = _here.active  # empty where autograd has carried the override into a thread of its own
+        if not active or self is active[-1][0]:
             name = activation_name(func, args, kwargs)
             if name in self.swaps:
                 return self._swapped(name, func, args, kwargs)
@@ -128,11 +149,10 @@ class _Swapping(TorchFunctionMode):
             if x.is_complex():
                 self._warn_not_seen(name, "came with a complex input")
             return func(*args, **kwargs)
-        device = x.device.type
-        autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        settings = {key: setting for key, setting in settings.items() if key != "out"}
         in_place = works_in_place(func, kwargs)
         kind = Flat if name in FREE_SLOPE else Call
-        call = kind(func, tuple(rest), settings, in_place, self.swaps[name], autocast)
+        call = kind(func, tuple(rest), settings, in_place, self.swaps[name], BACKWARD.get(name), autocast_of(x))
         # What may be overwritten before the backward pass is differentiated at a copy.
         at = x.clone() if in_place or name in OUTPUT_KEPT or saving_is_hooked() else x
         y = activation(at, call)
