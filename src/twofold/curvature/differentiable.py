@@ -164,7 +164,7 @@ def borrowed(model: nn.Module, aliases: Mapping[str, Tensor], mode: Mode = None)
         alias = chosen.get(id(parameter))
         return alias if alias is not None else constants.setdefault(id(parameter), parameter.detach())
 
-    with module_state_kept(model), random_state_kept(), _global_flags_kept():
+    with module_state_kept(model), random_state_kept(), full_precision():
         for module in model.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
@@ -182,8 +182,8 @@ def borrowed(model: nn.Module, aliases: Mapping[str, Tensor], mode: Mode = None)
 
 
 @contextmanager
-def _global_flags_kept() -> Iterator[None]:
-    """Differentiate in full precision whatever the caller's context: grad on, inference mode and autocast off."""
+def full_precision() -> Iterator[None]:
+    """Differentiate in the tensors' own precision, whatever the caller's context: gradients on, autocast off."""
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
@@ -241,7 +241,7 @@ def refusals_named() -> Iterator[None]:
         yield
     except (RuntimeError, NotImplementedError) as error:
         text = str(error)
-        if isinstance(error, torch.utils.checkpoint.CheckpointError) or "Checkpointing is not compatible" in text:
+        if isinstance(error, torch.utils.checkpoint.CheckpointError) or "use_reentrant=True" in text:
             raise TwofoldError(CHECKPOINT.format(error=text.splitlines()[0])) from error
         found = _MISSING.search(text)
         if found is None and "once_differentiable" not in text:

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from twofold.activations.second_derivative import active_second_derivatives
 from twofold.batches import as_batches, describe, run_forward, to_device
-from twofold.curvature.differentiable import RandomState, borrowed, differentiable_twice, unwrap
+from twofold.curvature.differentiable import RandomState, borrowed, differentiable_twice, full_precision, unwrap
 from twofold.curvature.losses import Loss, as_loss
 from twofold.curvature.recording import Recording, check_reached, saved_bytes
 from twofold.errors import EMPTY_DATA, NOT_FINITE, TwofoldError
@@ -68,6 +68,7 @@ class Products:
         self._bytes_each = 0
         self._fingerprint: tuple[Any, Tensor] | None = None
 
+    @full_precision()
     def matmat(self, rows: Tensor, parts: Sequence[Matrix]) -> list[Tensor]:
         """Return each named matrix times K vectors.
 
@@ -101,6 +102,7 @@ class Products:
             averages["hessian"] = averages["gauss_newton"] + averages["nme"]
         return [averages[part] for part in parts]
 
+    @full_precision()
     def loss_and_gradient(self) -> tuple[float, Tensor]:
         """Return the loss of the whole set and its gradient [P]."""
         value, total = torch.zeros((), dtype=torch.float64), 0.0

@@ -6,12 +6,13 @@ together, GN v = J'(H_z J v) is one more through z, and H v = GN v + NME v is a 
 gate lets the curvature of the loss into the same pass. In units of one forward pass: H v 6, GN v 4, all three 8.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.utils._pytree import tree_leaves
 
 from twofold.curvature.differentiable import refusals_named
@@ -101,6 +102,7 @@ class Recording:
             every = _LossGradient.apply(self._gate, *self.outputs)
             u = [gradient for gradient, z in zip(every, self.outputs, strict=True) if z.requires_grad]
             w = torch.autograd.grad(attached, self.parameters, u, create_graph=True, materialize_grads=True)
+            _check_once_differentiable(attached, w)
         return list(w), u, attached
 
     @property
@@ -193,33 +195,36 @@ def check_reached(outputs: Any, live: Mapping[str, Tensor]) -> None:
 
 def leaves_of(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The leaves that gradients of these tensors would accumulate into."""
-    seen, found = set(), []
-    waiting = [tensor.grad_fn for tensor in tensors]
+    leaves = [getattr(node, "variable", None) for node in graph_nodes(tensors)]
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def graph_nodes(tensors: Sequence[Tensor]) -> Iterator[Any]:
+    """Yield every node of the graphs of these tensors once."""
+    seen, waiting = set(), [tensor.grad_fn for tensor in tensors]
     while waiting:
         node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if isinstance(leaf, Tensor):
-            found.append(leaf)
-        waiting.extend(following for following, _ in node.next_functions)
-    return found
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            waiting.extend(following for following, _ in node.next_functions)
+
+
+def _check_once_differentiable(outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    """Refuse functions marked @once_differentiable: torch cuts the graph there and does not say so."""
+    if any(isinstance(node, BackwardCFunction) for node in graph_nodes(outputs)):
+        for node in graph_nodes(gradients):
+            if node.name().endswith("Error"):
+                raise RuntimeError("trying to differentiate twice a function that was marked with @once_differentiable")
 
 
 def saved_bytes(recording: Recording) -> int:
     """Bytes that the recorded graphs hold for their backward passes, each piece of memory counted once."""
     storages: dict[int, int] = {}
-    seen, waiting = set(), [tensor.grad_fn for tensor in [*recording.outputs, *recording._reverse[0]]]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    for node in graph_nodes([*recording.outputs, *recording._reverse[0]]):
         saved = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
         for tensor in tree_leaves([saved, getattr(node, "saved_tensors", ())]):
             if isinstance(tensor, Tensor):
                 storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        waiting.extend(following for following, _ in node.next_functions)
     own = {parameter.untyped_storage().data_ptr() for parameter in recording.parameters}
     return sum(size for place, size in storages.items() if place not in own)

@@ -1,0 +1,288 @@
+"""Measuring is read-only, also when it fails."""
+
+import copy
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import twofold
+from models import CASES, Recurrent, WeightNorm, classification, conv_batchnorm
+from twofold import TwofoldError
+
+
+class Moody(nn.Module):
+    """Keeps state in every way that a module can: buffers, plain tensors, counters, caches, lists, hooks."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = conv_batchnorm()
+        self.dropout = nn.Dropout(0.5)
+        self.register_buffer("seen", torch.zeros(()))
+        self.plain = torch.zeros(2)
+        self.calls, self.cache, self.log = 0, {}, []
+
+    def forward(self, x):
+        self.calls += 1
+        self.seen += 1
+        self.plain.add_(1)
+        self.cache["last"] = x
+        self.log.append(self.calls)
+        self.extra = x
+        self.register_forward_hook(lambda *_: None)
+        np.random.rand()
+        random.random()
+        return self.dropout(self.body(x))
+
+
+def fingerprint(model):
+    return {
+        "parameters": [(id(p), p.clone(), p._version, p.requires_grad, p.grad) for p in model.parameters()],
+        "buffers": [(id(b), b.clone(), b._version) for b in model.buffers()],
+        "modules": [(m.training, sorted(m.__dict__), len(m._forward_hooks)) for m in model.modules()],
+        "random": (torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()),
+    }
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, np.ndarray):
+        return np.array_equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+@pytest.mark.parametrize("mode", [None, "train", "eval"])
+def test_measuring_leaves_no_trace(mode):
+    case = classification(Moody(), (1, 2, 2))
+    model = case.model
+    model.body[0].weight.requires_grad_(False)
+    model.body[3].bias.grad = torch.ones(2)
+    before = fingerprint(model)
+    state = (model.calls, dict(model.cache), list(model.log), model.plain.clone(), hasattr(model, "extra"))
+    c = twofold.Curvature(model, case.loss_fn, case.batches[0], mode=mode)
+    c.products(torch.ones(c.hessian.shape[0]))
+    c.traces(2), c.frobenius(2), c.gradient(), twofold.trace(c.nme, 2)
+    assert same(before, fingerprint(model))
+    assert same(state, (model.calls, model.cache, model.log, model.plain, hasattr(model, "extra")))
+
+
+@pytest.mark.parametrize("stage", ["forward", "loss"])
+def test_a_failure_leaves_no_trace(stage):
+    case = classification(Moody(), (1, 2, 2))
+    model = case.model
+    original = Moody.forward
+
+    class Broken(Moody):
+        def forward(self, x):
+            original(self, x)
+            raise KeyError("broken on purpose")
+
+    if stage == "forward":
+        model.__class__ = Broken
+
+    def loss_fn(z, y):
+        raise KeyError("broken on purpose")
+
+    before = fingerprint(model)
+    c = twofold.Curvature(model, loss_fn if stage == "loss" else case.loss_fn, case.batches[0])
+    with pytest.raises(KeyError, match="on purpose"):
+        c.gradient()
+    assert same(before, fingerprint(model))
+    assert torch.is_grad_enabled()
+    assert torch.overrides._len_torch_function_stack() == 0
+
+
+def test_recurrent_layers_keep_their_flat_weights():
+    case = classification(Recurrent(nn.LSTM), (3, 2), n=4, sizes=(4,))
+    cells = case.model.cells
+    before = list(map(id, cells._flat_weights))
+    twofold.Curvature(case.model, case.loss_fn, case.batches[0]).gradient()
+    assert list(map(id, cells._flat_weights)) == before
+    assert all(a is b for a, b in zip(cells._flat_weights, cells.parameters(), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*")
+def test_weight_norm_by_hook_keeps_its_weight():
+    case = classification(WeightNorm(nn.utils.weight_norm))
+    before = case.model.a.weight
+    twofold.Curvature(case.model, case.loss_fn, case.batches[0]).gradient()
+    assert case.model.a.weight is before
+
+
+def test_hooks_on_parameters_do_not_touch_the_products():
+    case = CASES["mlp"]()
+    v = torch.randn(twofold.Hessian(case.model, case.loss_fn, case.batches[0]).shape[0])
+    expected = twofold.Hessian(copy.deepcopy(case.model), case.loss_fn, case.batches[0]) @ v
+    for parameter in case.model.parameters():
+        parameter.register_hook(lambda gradient: 0 * gradient)
+    assert torch.equal(twofold.Hessian(case.model, case.loss_fn, case.batches[0]) @ v, expected)
+
+
+@pytest.mark.parametrize(
+    "context", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)]
+)
+def test_the_callers_context_does_not_matter(context):
+    case = CASES["mlp"]()
+    hessian = twofold.Hessian(case.model, case.loss_fn, case.batches[0])
+    v = torch.randn(hessian.shape[0])
+    expected = hessian @ v
+    with context():
+        assert torch.equal(twofold.Hessian(case.model, case.loss_fn, case.batches[0]) @ v, expected)
+
+
+def test_compiled_and_wrapped_models_are_looked_through():
+    case = CASES["mlp"]()
+    v = torch.randn(twofold.Hessian(case.model, case.loss_fn, case.batches[0]).shape[0])
+    expected = twofold.Hessian(case.model, case.loss_fn, case.batches[0]) @ v
+    wrapped = nn.DataParallel(torch.compile(case.model))
+    assert torch.equal(twofold.Hessian(wrapped, case.loss_fn, case.batches[0]) @ v, expected)
+    inner = nn.Sequential(torch.compile(case.model, backend="eager"), nn.Identity())
+    inner(case.batches[0][0])
+    assert torch.equal(twofold.Hessian(inner, case.loss_fn, case.batches[0]) @ v, expected)
+
+
+def test_a_model_under_ddp_is_looked_through(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        case = CASES["mlp"]()
+        v = torch.randn(twofold.Hessian(case.model, case.loss_fn, case.batches[0]).shape[0])
+        expected = twofold.Hessian(case.model, case.loss_fn, case.batches[0]) @ v
+        wrapped = nn.parallel.DistributedDataParallel(case.model)
+        assert torch.equal(twofold.Hessian(wrapped, case.loss_fn, case.batches[0]) @ v, expected)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+class Bag(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bag, self.head = nn.EmbeddingBag(5, 4), nn.Linear(4, 3)
+
+    def forward(self, tokens):
+        return self.head(torch.tanh(self.bag(tokens)))
+
+
+class FunctionalBag(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.head = nn.Embedding(5, 4), nn.Linear(4, 3)
+
+    def forward(self, tokens):
+        return self.head(torch.tanh(F.embedding_bag(tokens, self.table.weight)))
+
+
+class Distances(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(4, 3)
+
+    def forward(self, x):
+        h = self.a(x)
+        return torch.cdist(h, h.flip(0) + 1.0)[:, :3]
+
+
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return g * 2
+
+
+class OnceOnly(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.b(torch.tanh(Once.apply(torch.tanh(self.a(x)))))
+
+
+class Reentrant(OnceOnly):
+    def forward(self, x):
+        return torch.utils.checkpoint.checkpoint(self.b, torch.tanh(self.a(x)), use_reentrant=True)
+
+
+@pytest.mark.parametrize(
+    ("model", "tokens", "text"),
+    [
+        (Bag, True, "EmbeddingBag"),
+        (FunctionalBag, True, "embedding_bag"),
+        (Distances, False, "cdist"),
+        (OnceOnly, False, "cannot be differentiated twice"),
+        (Reentrant, False, "use_reentrant=False"),
+    ],
+)
+def test_operations_without_a_second_derivative_are_refused_by_name(model, tokens, text):
+    x = torch.randint(5, (6, 3)) if tokens else torch.randn(6, 4)
+    net, y = model(), torch.randint(3, (6,))
+    v = torch.ones(sum(p.numel() for p in net.parameters()))
+    before = fingerprint(net)
+    with pytest.raises(TwofoldError, match=text):
+        twofold.Curvature(net, F.cross_entropy, (x, y)).products(v)
+    assert same(before, fingerprint(net))
+
+
+def test_fsdp_and_scripted_models_are_refused():
+    class FullyShardedDataParallel(nn.Linear):
+        pass
+
+    batch = (torch.randn(2, 4), torch.randint(3, (2,)))
+    with pytest.raises(TwofoldError, match="unsharded"):
+        twofold.Hessian(FullyShardedDataParallel(4, 3), F.cross_entropy, batch)
+    with pytest.raises(TwofoldError, match=r"torch\.jit"):
+        twofold.Hessian(torch.jit.script(nn.Linear(4, 3)), F.cross_entropy, batch)
+
+
+def test_a_parameter_that_hides_in_a_closure_is_refused():
+    hidden = nn.Linear(4, 3)
+
+    class Closure(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.known = hidden
+            self.call = {"layers": [(hidden.weight, hidden.bias)]}
+
+        def forward(self, x):
+            w, b = self.call["layers"][0]
+            return F.linear(x, w, b)
+
+    with pytest.raises(TwofoldError, match=r"known\.(weight|bias)"):
+        twofold.Curvature(Closure(), F.cross_entropy, (torch.randn(2, 4), torch.randint(3, (2,)))).gradient()
+
+
+def test_weight_decay_inside_the_loss_is_refused():
+    model = nn.Linear(4, 3)
+
+    def loss_fn(z, y):
+        return F.cross_entropy(z, y) + 0.1 * model.weight.square().sum()
+
+    with pytest.raises(TwofoldError, match="weight decay"):
+        twofold.Curvature(model, loss_fn, (torch.randn(2, 4), torch.randint(3, (2,)))).gradient()
+
+
+def test_a_model_that_returns_its_parameters_is_fine():
+    class Point(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.theta = nn.Parameter(torch.tensor([1.0, -2.0]))
+
+        def forward(self, scale):
+            return self.theta
+
+    A = torch.tensor([[3.0, 1.0], [1.0, -2.0]])
+    c = twofold.Curvature(Point(), lambda z, y: 0.5 * z @ A @ z, (torch.ones(1), torch.ones(1)))
+    torch.testing.assert_close(c.hessian.to_dense(), A)
+    torch.testing.assert_close(c.gauss_newton.to_dense(), A)
+    assert not c.nme.to_dense().any()
