@@ -101,7 +101,7 @@ class ParameterLayout:
         """Name the parts of a vector [P], or of vectors [P, K] (the parts are then [*shape, K])."""
         parts = vector.split(self._sizes)
         return {
-            name: part.reshape(*shape, *vector.shape[1:])
+            name: part.reshape((*shape, *vector.shape[1:]))
             for part, (name, shape) in zip(parts, self.shapes.items(), strict=True)
         }
 

@@ -1,0 +1,26 @@
+"""Ratios that can be trusted on a noisy machine: every variant once a round, in turn, medians over rounds."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+torch.set_num_threads(1)
+
+
+def interleaved(
+    variants: dict[str, Callable[[], object]], *, base: str, rounds: int = 15, warm_up: int = 2
+) -> dict[str, float]:
+    """Return the median time of each variant over the median time of `base`, and base's milliseconds as "ms"."""
+    for _ in range(warm_up):
+        for run in variants.values():
+            run()
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(rounds):
+        for name, run in variants.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+    middle = {name: statistics.median(values) for name, values in times.items()}
+    return {name: value / middle[base] for name, value in middle.items()} | {"ms": 1000 * middle[base]}
