@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from twofold.batches import describe
-from twofold.curvature.differentiable import ModuleState, RandomState, unwrap
+from twofold.curvature.differentiable import ModuleState, unwrap
 from twofold.curvature.losses import as_loss
 from twofold.errors import TwofoldError, TwofoldWarning
-from twofold.parameters import select_parameters
-from twofold.regularizers.passes import Gradients, ModelPasses, Passes
+from twofold.parameters import norm, select_parameters
+from twofold.regularizers.gradients import Gradients, accumulate, add_scaled
+from twofold.regularizers.passes import ModelPasses, Passes, RandomSources
 from twofold.types import Forward, LossFn, Params
 
 TINY = 1e-12
@@ -36,6 +37,12 @@ class Direction:
     loss: Tensor
     gradients: Gradients
     diagnostics: dict[str, Tensor | float]
+
+
+def plain(passes: Passes) -> Direction:
+    """Hand on the plain gradient."""
+    loss, gradients = passes.gradient()
+    return Direction(loss, gradients, {"gradient_norm": norm(passes.of_chosen(gradients)), "penalty": 0.0})
 
 
 @dataclass(kw_only=True, eq=False)
@@ -140,7 +147,7 @@ class Regularizer(ABC):
             raise
         if scaler is not None or self.accepts(direction.gradients):
             accumulate(list(parameters.values()), direction.gradients, weight * scale)
-        self._diagnostics = direction.diagnostics
+        self.report(direction.diagnostics)
         if not return_outputs:
             return direction.loss
         return direction.loss, _joined([one.outputs for one in passes])
@@ -165,7 +172,7 @@ class Regularizer(ABC):
             part = self.direction(one)
             count = loss.count(one.outputs, one.targets)
             if count > 0 or (one is passes[-1] and not parts):
-                sums = [_plus(known, new, count) for known, new in zip(sums, part.gradients, strict=True)]
+                sums = [add_scaled(known, new, count) for known, new in zip(sums, part.gradients, strict=True)]
                 parts.append((count, Direction(part.loss, [], part.diagnostics)))
         counted = sum(count for count, _ in parts) or 1.0
         total = counted if loss.averages else 1.0
@@ -178,6 +185,10 @@ class Regularizer(ABC):
                 if all(name in part.diagnostics for _, part in parts)
             },
         )
+
+    def report(self, diagnostics: dict[str, Tensor | float]) -> None:
+        """Keep the scalars of a step for `diagnostics`."""
+        self._diagnostics = diagnostics
 
     def accepts(self, gradients: Gradients) -> bool:
         """Tell whether a gradient is finite; one that is not is counted and warned of once."""
@@ -220,46 +231,18 @@ class _Snapshot:
     """What a failed backward puts back: modules, buffers, random states. Weights and .grad need none of it."""
 
     def __init__(self, model: nn.Module, generator: torch.Generator | None) -> None:
-        self._random = RandomState()
-        self._generator = generator
-        self._drawn = None if generator is None else generator.get_state()
+        self._random = RandomSources(generator)
         self._modules = ModuleState(model)
         held = [value for module in model.modules() for value in module.__dict__.values() if type(value) is Tensor]
         self._tensors = [(tensor, tensor.detach().clone()) for tensor in [*model.buffers(), *held]]
 
     def restore(self) -> None:
         self._random.restore()
-        if self._generator is not None and self._drawn is not None:
-            self._generator.set_state(self._drawn)
         self._modules.restore()
         with torch.no_grad():
             for tensor, value in self._tensors:
                 if not tensor.requires_grad:
                     tensor.copy_(value)
-
-
-def accumulate(parameters: Sequence[nn.Parameter], gradients: Gradients, factor: float = 1.0) -> None:
-    """Add factor * gradients to .grad, as `loss.backward()` would: None stays None, and no two share memory."""
-    owned: set[int] = set()
-    with torch.no_grad():
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            if gradient is None:
-                continue
-            if parameter.grad is not None:
-                parameter.grad.add_(gradient, alpha=factor)
-                continue
-            new = gradient.detach() if factor == 1 else gradient * factor
-            place = new.untyped_storage().data_ptr()
-            if place in owned or new.stride() != parameter.stride():
-                new = torch.empty_like(parameter).copy_(new)
-            owned.add(place)
-            parameter.grad = new
-
-
-def _plus(known: Tensor | None, new: Tensor | None, factor: float) -> Tensor | None:
-    if new is None:
-        return known
-    return new * factor if known is None else known.add(new, alpha=factor)
 
 
 def _is_finite(gradient: Tensor) -> Tensor:

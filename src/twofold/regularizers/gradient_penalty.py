@@ -9,7 +9,7 @@ from torch import Tensor
 
 from twofold.errors import TwofoldError
 from twofold.parameters import dot, norm
-from twofold.regularizers.base import TINY, Direction, Regularizer, check_choice, check_strength
+from twofold.regularizers.base import TINY, Direction, Regularizer, check_choice, check_strength, plain
 from twofold.regularizers.passes import Passes
 from twofold.regularizers.piecewise_linear import warn_if_piecewise_linear
 from twofold.types import Matrix
@@ -75,8 +75,7 @@ class GradientPenalty(Regularizer):
     def direction(self, passes: Passes) -> Direction:
         """Return g plus the gradient of the penalty."""
         if self.rho == 0:
-            loss, gradients = passes.gradient()
-            return Direction(loss, gradients, {"gradient_norm": norm(passes.of_chosen(gradients)), "penalty": 0.0})
+            return plain(passes)
         return self._exact(passes) if self.method == "exact" else self._finite_difference(passes)
 
     def _exact(self, passes: Passes) -> Direction:

@@ -5,60 +5,40 @@ in it as in plain training. Every later pass sees the same dropout masks, writes
 no trace.
 """
 
-import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from twofold.batches import run_forward
-from twofold.curvature.differentiable import (
-    RandomState,
-    buffers_replaced,
-    differentiable_twice,
-    module_state_kept,
-    refusals_named,
-)
+from twofold.curvature.differentiable import RandomState, buffers_replaced, differentiable_twice, module_state_kept
 from twofold.curvature.losses import Loss, OutputProduct, Residual, as_loss
+from twofold.curvature.primitives import check_differentiable_thrice, differentiable_thrice
 from twofold.curvature.recording import Recording
 from twofold.errors import TwofoldError
-from twofold.types import Forward, LossFn, Matrix
+from twofold.regularizers.autocast import Autocast
+from twofold.regularizers.gradients import Gradients, unscaled
+from twofold.regularizers.recorded import LossGraph, Recorded
+from twofold.types import Forward, LossFn
 
-Gradients: TypeAlias = list[Tensor | None]
-"""One entry per trainable parameter; None where the loss does not depend on it."""
 
+class RandomSources:
+    """The state of every generator that a backward may draw from: the global ones and the regularizer's own."""
 
-@dataclass(frozen=True)
-class Recorded:
-    """The first pass, with its graph kept for derivatives of the gradient.
+    def __init__(self, generator: torch.Generator | None) -> None:
+        self._global = RandomState()
+        self._own = None if generator is None else (generator, generator.get_state())
 
-    Attributes:
-        loss: the loss, detached.
-        gradients: the plain gradient of every trainable parameter.
-        recording: the graph and the loss's derivatives in the outputs; the loss in it is multiplied with `scale`.
-        outputs: the model's outputs, on the graph.
-        targets: the batch's targets.
-        scale: a gradient scaler's factor, against underflow in half precision.
-        autocast: the caller's autocast.
-    """
-
-    loss: Tensor
-    gradients: Gradients
-    recording: Recording
-    outputs: Any
-    targets: Any
-    scale: float
-    autocast: "_Autocast"
-
-    def product(self, vector: Sequence[Tensor], matrix: Matrix) -> list[Tensor]:
-        """Return H v, GN v or NME v, v over the chosen parameters."""
-        with self.autocast.off():
-            return [product / self.scale for product in self.recording.products(vector, (matrix,))[0]]
+    def restore(self) -> None:
+        """Put every generator back to this state."""
+        self._global.restore()
+        if self._own is not None:
+            generator, state = self._own
+            generator.set_state(state)
 
 
 class Passes(ABC):
@@ -70,8 +50,6 @@ class Passes(ABC):
         source: where random draws come from; None is torch's global generator.
         share_masks: whether later passes repeat the random draws of the first.
 
-    Attributes:
-        count: weight of this batch in an average over several.
     """
 
     def __init__(
@@ -141,6 +119,15 @@ class Passes(ABC):
         self._start = RandomState()
         return self._recorded_pass()
 
+    def loss_graph(self) -> LossGraph:
+        """Make the first pass and keep its graph, so that the gradient can be differentiated twice.
+
+        Raises:
+            TwofoldError: where passes are a closure's, which hides the outputs.
+        """
+        self._start = RandomState()
+        return self._graph_pass()
+
     @contextmanager
     def _perturbed(self, perturbation: Sequence[Tensor] | None) -> Iterator[None]:
         if perturbation is None:
@@ -164,6 +151,9 @@ class Passes(ABC):
 
     @abstractmethod
     def _recorded_pass(self) -> Recorded: ...
+
+    @abstractmethod
+    def _graph_pass(self) -> LossGraph: ...
 
 
 class ModelPasses(Passes):
@@ -203,7 +193,7 @@ class ModelPasses(Passes):
         self._batch = batch
         self._forward = forward
         self._scale = scale
-        self._autocast = _Autocast({"cpu", *(parameter.device.type for parameter in parameters)})
+        self._autocast = Autocast({"cpu", *(parameter.device.type for parameter in parameters)})
 
     def _first_pass(self) -> tuple[Tensor, Gradients]:
         outputs, targets, loss, gradients = self._pass()
@@ -223,40 +213,30 @@ class ModelPasses(Passes):
         with self._autocast.off():
             scaled = loss if self._scale == 1 else loss * self._scale
             gradients = torch.autograd.grad(scaled, self.parameters, allow_unused=True)
-        return outputs, targets, loss.detach(), self._unscaled(gradients)
-
-    def _unscaled(self, gradients: Sequence[Tensor | None]) -> Gradients:
-        """Divide gradients of the scaled loss by the scale."""
-        for gradient in gradients:
-            if gradient is not None and gradient.is_sparse:
-                raise TwofoldError("A parameter has a sparse gradient; build its nn.Embedding with sparse=False.")
-        if self._scale == 1:
-            return list(gradients)
-        return [None if gradient is None else gradient / self._scale for gradient in gradients]
+        return outputs, targets, loss.detach(), unscaled(gradients, self._scale)
 
     def _recorded_pass(self) -> Recorded:
         chosen = {str(i): parameter for i, parameter in zip(self._chosen, self.chosen, strict=True)}
         with self._autocast.fresh(), differentiable_twice(self.model):
             outputs, targets = run_forward(self._forward, self.model, self._batch)
         self.outputs, self.targets = _detached(outputs), targets
+        if not any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(outputs)):
+            raise TwofoldError("The model's outputs do not depend on any trainable parameter.")
         loss = as_loss(self._loss_fn)
         loss.loss_fn = self._autocast.inside(loss.loss_fn)
+        if self._scale != 1:
+            loss = _Scaled(loss, self._scale)
         with self._autocast.off():
-            recording = Recording(outputs, targets, loss if self._scale == 1 else _Scaled(loss, self._scale), chosen)
-            read = [
-                (z, u)
-                for z, u, is_read in zip(recording.outputs, recording.output_gradient, recording.reads, strict=True)
-                if is_read and z.requires_grad
-            ]
-            if not read:
-                raise TwofoldError("The loss does not depend on any trainable parameter.")
-            attached, cotangents = zip(*read, strict=True)
-            with refusals_named():
-                gradients = torch.autograd.grad(
-                    attached, self.parameters, cotangents, retain_graph=True, allow_unused=True
-                )
-        value = recording.value / self._scale
-        return Recorded(value, self._unscaled(gradients), recording, outputs, targets, self._scale, self._autocast)
+            recording = Recording(outputs, targets, loss, chosen)
+        return Recorded(recording, loss, outputs, targets, self.parameters, self._scale, self._autocast)
+
+    def _graph_pass(self) -> LossGraph:
+        with self._autocast.fresh(), differentiable_thrice(self.model):
+            outputs, targets = run_forward(self._forward, self.model, self._batch)
+            loss = Loss(self._loss_fn)(outputs, targets)
+        check_differentiable_thrice([loss])
+        self.outputs, self.targets = _detached(outputs), targets
+        return LossGraph(loss.detach(), loss * self._scale, self._scale, self._autocast)
 
 
 def _detached(outputs: Any) -> Any:
@@ -288,40 +268,3 @@ class _Scaled(Loss):
 
     def residual(self, outputs: Tensor, targets: Any, kind: Residual, generator: torch.Generator | None) -> Tensor:
         return self._loss.residual(outputs, targets, kind, generator)
-
-
-class _Autocast:
-    """The caller's autocast: every pass casts the weights anew, and derivatives are taken outside.
-
-    Autocast keeps the casts that it made of weights; a pass at perturbed weights would reuse those of the old ones.
-    """
-
-    def __init__(self, devices: set[str]) -> None:
-        self._ambient = {d: torch.get_autocast_dtype(d) for d in sorted(devices) if torch.is_autocast_enabled(d)}
-
-    @contextmanager
-    def fresh(self) -> Iterator[None]:
-        torch.clear_autocast_cache()
-        try:
-            yield
-        finally:
-            torch.clear_autocast_cache()
-
-    @contextmanager
-    def off(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            for device in self._ambient:
-                stack.enter_context(torch.autocast(device, enabled=False))
-            yield
-
-    def inside(self, loss_fn: LossFn) -> LossFn:
-        """Return a loss function that runs under the caller's autocast wherever it is called."""
-
-        @functools.wraps(loss_fn)
-        def under_autocast(outputs: Any, targets: Any) -> Tensor:
-            with ExitStack() as stack:
-                for device, dtype in self._ambient.items():
-                    stack.enter_context(torch.autocast(device, dtype=dtype))
-                return loss_fn(outputs, targets)
-
-        return under_autocast

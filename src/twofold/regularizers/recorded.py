@@ -1,0 +1,137 @@
+"""The first pass with its graph kept: what the penalties differentiate."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from twofold.curvature.differentiable import refusals_named
+from twofold.curvature.losses import Loss, detached_leaves
+from twofold.curvature.recording import Recording
+from twofold.regularizers.autocast import Autocast
+from twofold.regularizers.gradients import Gradients, unscaled
+from twofold.types import Matrix
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """The first pass with its graph kept, for second derivatives.
+
+    Attributes:
+        recording: the graph over the chosen parameters; the loss in it is multiplied with `scale`.
+        loss_view: the loss as a function of the outputs.
+        outputs: the model's outputs, on the graph.
+        targets: the batch's targets.
+        parameters: every trainable parameter.
+        scale: a gradient scaler's factor, against underflow in half precision.
+        autocast: the caller's autocast.
+    """
+
+    recording: Recording
+    loss_view: Loss
+    outputs: Any
+    targets: Any
+    parameters: list[nn.Parameter]
+    scale: float
+    autocast: Autocast
+
+    @property
+    def loss(self) -> Tensor:
+        """The loss, detached."""
+        return self.recording.value / self.scale
+
+    @cached_property
+    def gradients(self) -> Gradients:
+        """The plain gradient of every trainable parameter."""
+        return self.gradients_with([], [])
+
+    def gradients_with(
+        self, heads: Sequence[Tensor], cotangents: Sequence[Tensor], at_outputs: Sequence[Tensor] | None = None
+    ) -> Gradients:
+        """Return, from one backward pass, the gradient of L + sum_i <heads_i, sg(cotangents_i)> + <z, sg(at_outputs)>.
+
+        Args:
+            heads: tensors on the graph of the parameters.
+            cotangents: one constant for each head.
+            at_outputs: one constant for each differentiable tensor of the outputs.
+        """
+        sources = list(zip(heads, [self.scale * u for u in cotangents], strict=True))
+        known = zip(self.recording.outputs, self.recording.output_gradient, self.recording.reads, strict=True)
+        for i, (z, u, is_read) in enumerate(known):
+            if at_outputs is not None:
+                sources.append((z, u + self.scale * at_outputs[i]))
+            elif is_read:
+                sources.append((z, u))
+        tensors, constants = zip(*[(head, u) for head, u in sources if head.requires_grad], strict=True)
+        with self.autocast.off(), refusals_named():
+            gradients = torch.autograd.grad(tensors, self.parameters, constants, retain_graph=True, allow_unused=True)
+        return unscaled(gradients, self.scale)
+
+    def product(self, vector: Sequence[Tensor], matrix: Matrix) -> list[Tensor]:
+        """Return H v, GN v or NME v, v over the chosen parameters."""
+        with self.autocast.off():
+            return [product / self.scale for product in self.recording.products(vector, (matrix,))[0]]
+
+    def jvp(self, vector: Sequence[Tensor]) -> list[Tensor]:
+        """Return J v, v over the chosen parameters."""
+        with self.autocast.off():
+            return self.recording.jvp(vector)
+
+    def output_hessian(self, tangents: Sequence[Tensor]) -> list[Tensor]:
+        """Return H_z t, over the outputs."""
+        with self.autocast.off():
+            return [product / self.scale for product in self.recording.output_hessian(tangents)]
+
+    def output_third(self, tangents: Sequence[Tensor]) -> list[Tensor]:
+        """Return the gradient of t'H_z t in the outputs, t held fixed."""
+        leaves, outputs = detached_leaves(self.outputs)
+        with self.autocast.off():
+            value = self.loss_view(outputs, self.targets)
+            for _ in range(2):
+                value = _along(value, leaves, tangents)
+            if not value.requires_grad:
+                return [torch.zeros_like(leaf) for leaf in leaves]
+            return [third / self.scale for third in torch.autograd.grad(value, leaves, materialize_grads=True)]
+
+    def vjp(self, cotangents: Sequence[Tensor]) -> list[Tensor]:
+        """Return J'u over the chosen parameters, with a graph of its own; zeros where nothing depends on them."""
+        pairs = [(z, u) for z, u in zip(self.recording.outputs, cotangents, strict=True) if z.requires_grad]
+        attached, u = zip(*pairs, strict=True)
+        with self.autocast.off(), refusals_named():
+            chosen = self.recording.parameters
+            return list(torch.autograd.grad(attached, chosen, u, create_graph=True, materialize_grads=True))
+
+
+@dataclass(frozen=True)
+class LossGraph:
+    """The first pass with its graph kept, right to third order.
+
+    Attributes:
+        loss: the loss, detached.
+        scaled: the loss times `scale`, on the graph.
+        scale: a gradient scaler's factor.
+        autocast: the caller's autocast.
+    """
+
+    loss: Tensor
+    scaled: Tensor
+    scale: float
+    autocast: Autocast
+
+    @contextmanager
+    def differentiating(self) -> Iterator[None]:
+        """Take derivatives in the graph's own precision, with refusals by name."""
+        with self.autocast.off(), refusals_named():
+            yield
+
+
+def _along(value: Tensor, leaves: Sequence[Tensor], tangents: Sequence[Tensor]) -> Tensor:
+    """The derivative of a scalar along tangents, with a graph of its own."""
+    if not value.requires_grad:
+        return value
+    slopes = torch.autograd.grad(value, leaves, create_graph=True, materialize_grads=True)
+    return torch.stack([(slope * t).sum() for slope, t in zip(slopes, tangents, strict=True)]).sum()

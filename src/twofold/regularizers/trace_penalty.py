@@ -1,0 +1,212 @@
+"""HessianTrace and GaussNewtonTrace: descend L + strength * tr C."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from twofold.parameters import dot, norm
+from twofold.regularizers.base import Direction, Regularizer, check_choice, check_count, check_strength, plain
+from twofold.regularizers.gradients import Gradients, add_scaled, unscaled
+from twofold.regularizers.passes import Passes
+from twofold.regularizers.piecewise_linear import warn_if_piecewise_linear
+from twofold.regularizers.recorded import Recorded
+
+
+@dataclass(kw_only=True, eq=False)
+class HessianTrace(Regularizer):
+    """Penalise the trace of the Hessian: L + strength tr H, tr H = E v'Hv over Rademacher probes v.
+
+    Hands on g + strength grad(v'Hv). method="exact" differentiates three times in reverse mode (6 to 10 gradients);
+    method="difference" takes grad(v'Hv) ~ (grad L(theta + h v) + grad L(theta - h v) - 2 g) / h^2 (3 gradients), which
+    also sees the kinks of ReLU. tr H is not bounded from below: at larger strength the NME runs to negative values
+    (Dauphin et al. 2024, arXiv 2401.10809, Section 5).
+
+    Args:
+        strength: factor of the trace; 0 gives the plain gradient.
+        num_probes: how many probes are averaged.
+        method: "exact" or "difference".
+        params: the trace is that of these parameters' block of H; all parameters descend its gradient.
+        microbatches, share_masks, generator: as in `Regularizer`.
+
+    Raises:
+        TwofoldError: an argument is out of range, or the model has an operation without a second derivative.
+
+    Example:
+        >>> HessianTrace(strength=1e-3)
+        HessianTrace(strength=0.001, num_probes=1, method='exact')
+    """
+
+    strength: float
+    num_probes: int = 1
+    method: Literal["exact", "difference"] = "exact"
+    _looked: bool = field(default=False, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_strength("strength", self.strength)
+        check_count("num_probes", self.num_probes)
+        check_choice("method", self.method, ("exact", "difference"))
+
+    def direction(self, passes: Passes) -> Direction:
+        """Return g plus the gradient of the penalty."""
+        if self.strength == 0:
+            return plain(passes)
+        generator = passes.noise_generator()
+        probes = [[_signs(weight, generator) for weight in passes.chosen] for _ in range(self.num_probes)]
+        return self._exact(passes, probes) if self.method == "exact" else self._difference(passes, probes)
+
+    def _exact(self, passes: Passes, probes: list[list[Tensor]]) -> Direction:
+        graph = passes.loss_graph()
+        if not self._looked:
+            self._looked = True
+            warn_if_piecewise_linear([graph.scaled], "A penalty on the trace of the Hessian", 'method="difference"')
+        with graph.differentiating():
+            slopes = torch.autograd.grad(graph.scaled, passes.parameters, create_graph=True, allow_unused=True)
+            total: Gradients = [None if slope is None else slope.detach() for slope in slopes]
+            curved = passes.of_chosen(list(slopes))
+            trace, factor = 0.0, self.strength / len(probes)
+            for probe in probes:
+                value = _quadratic_form(curved, passes.chosen, probe)
+                trace = trace + value.detach() / graph.scale / len(probes)
+                if value.requires_grad:
+                    change = torch.autograd.grad(value, passes.parameters, retain_graph=True, allow_unused=True)
+                    total = [add_scaled(a, b, factor) for a, b in zip(total, change, strict=True)]
+        size = norm([slope.detach() for slope in curved]) / graph.scale
+        found = {"gradient_norm": size, "trace": trace, "penalty": self.strength * trace}
+        return Direction(graph.loss, unscaled(total, graph.scale), found)
+
+    def _difference(self, passes: Passes, probes: list[list[Tensor]]) -> Direction:
+        loss, gradients = passes.gradient()
+        step = _step(passes.chosen)
+        total, trace = list(gradients), 0.0
+        for probe in probes:
+            moved = [passes.gradient(torch._foreach_mul(probe, sign * step)) for sign in (1.0, -1.0)]
+            trace = trace + (moved[0][0] + moved[1][0] - 2 * loss) / step**2 / len(probes)
+            factor = self.strength / step**2 / len(probes)
+            bends = map(_second_difference, moved[0][1], gradients, moved[1][1])
+            total = [add_scaled(known, bend, factor) for known, bend in zip(total, bends, strict=True)]
+        found = {"gradient_norm": norm(passes.of_chosen(gradients)), "trace": trace, "penalty": self.strength * trace}
+        return Direction(loss, total, found)
+
+
+@dataclass(kw_only=True, eq=False)
+class GaussNewtonTrace(Regularizer):
+    """Penalise the trace of the Gauss-Newton matrix: L + strength tr GN.
+
+    With one label y^_n ~ p(z_n) drawn for each term and w_n the loss's own weight of term n,
+
+        r_n = sqrt(w_n) (p_n - onehot(y^_n)),    E ||sum_n J_n' r_n||^2 = tr GN,
+
+    so one backward pass gives an unbiased estimate and one more its gradient; the loss is never called on drawn labels.
+    (2401.10809, eq. 4 and 5, has it per example; for a batch the square of the mean gradient alone would be short of a
+    factor B.) Costs 3 gradients.
+
+    Args:
+        strength: factor of the trace; 0 gives the plain gradient.
+        num_samples: how many draws are averaged.
+        through: "jacobian" holds r fixed while the penalty is differentiated, as the paper does, which gives the
+            gradient of tr J' sg(H_z) J; "full" gives that of tr GN itself, by r = H_z^(1/2) xi with Gaussian xi.
+        estimator: "labels" as above, for torch's cross-entropy, BCE-with-logits and MSE; "hutchinson" takes
+            v'GNv = (J v)' H_z (J v) with Rademacher v, for any loss.
+        params: the trace is that of these parameters' block of GN; all parameters descend its gradient.
+        microbatches, share_masks, generator: as in `Regularizer`.
+
+    Raises:
+        TwofoldError: an argument is out of range, the model has an operation without a second derivative, or the loss
+            has no known predictive distribution to draw labels from.
+
+    Example:
+        >>> GaussNewtonTrace(strength=1e-3)
+        GaussNewtonTrace(strength=0.001, num_samples=1, through='jacobian', estimator='labels')
+    """
+
+    strength: float
+    num_samples: int = 1
+    through: Literal["jacobian", "full"] = "jacobian"
+    estimator: Literal["labels", "hutchinson"] = "labels"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_strength("strength", self.strength)
+        check_count("num_samples", self.num_samples)
+        check_choice("through", self.through, ("jacobian", "full"))
+        check_choice("estimator", self.estimator, ("labels", "hutchinson"))
+
+    def direction(self, passes: Passes) -> Direction:
+        """Return g plus the gradient of the penalty, from one backward pass."""
+        if self.strength == 0:
+            return plain(passes)
+        generator = passes.noise_generator()
+        recorded = passes.recorded()
+        sample = self._by_labels if self.estimator == "labels" else self._by_probe
+        heads, cotangents, trace = [], [], 0.0
+        factor = self.strength / self.num_samples
+        at_outputs: list[Tensor] | None = None
+        for _ in range(self.num_samples):
+            drawn = sample(recorded, generator)
+            heads += drawn.heads
+            cotangents += [factor * u for u in drawn.cotangents]
+            if drawn.at_outputs is not None:
+                more = [factor * u for u in drawn.at_outputs]
+                at_outputs = more if at_outputs is None else [a + b for a, b in zip(at_outputs, more, strict=True)]
+            trace = trace + drawn.value / self.num_samples
+        gradients = recorded.gradients_with(heads, cotangents, at_outputs)
+        return Direction(recorded.loss, gradients, {"trace": trace, "penalty": self.strength * trace})
+
+    def _by_labels(self, recorded: Recorded, generator: torch.Generator) -> "_Sample":
+        kind = "labels" if self.through == "jacobian" else "gaussian"
+        with recorded.autocast.off():
+            residual = recorded.loss_view.residual(recorded.outputs, recorded.targets, kind, generator)
+        slope = recorded.vjp([residual.detach() if self.through == "jacobian" else residual])
+        fixed = [one.detach() for one in slope]
+        return _Sample(dot(fixed, fixed), slope, [2 * one for one in fixed], None)
+
+    def _by_probe(self, recorded: Recorded, generator: torch.Generator) -> "_Sample":
+        """v'GNv = t'H_z t with t = J v; its gradient at fixed H_z is that of 2 <u, J v> with u = H_z t held fixed."""
+        probe = [_signs(weight, generator) for weight in recorded.recording.parameters]
+        tangent = recorded.jvp(probe)
+        curved = recorded.output_hessian(tangent)
+        at_outputs = recorded.output_third(tangent) if self.through == "full" else None
+        return _Sample(dot(tangent, curved), recorded.vjp(curved), [2 * v for v in probe], at_outputs)
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """One draw of tr GN, and the heads whose products with fixed cotangents have its gradient."""
+
+    value: Tensor
+    heads: list[Tensor]
+    cotangents: list[Tensor]
+    at_outputs: list[Tensor] | None
+
+
+def _signs(weight: Tensor, generator: torch.Generator) -> Tensor:
+    """A Rademacher probe of a weight's shape."""
+    drawn = torch.randint(2, weight.shape, generator=generator, device=generator.device)
+    return drawn.to(weight.device, weight.dtype).mul_(2).sub_(1)
+
+
+def _quadratic_form(slopes: Sequence[Tensor], weights: Sequence[Tensor], probe: Sequence[Tensor]) -> Tensor:
+    """Return v'Hv with a graph of its own, given the gradient with its graph."""
+    pairs = [(slope, v) for slope, v in zip(slopes, probe, strict=True) if slope.requires_grad]
+    if not pairs:
+        return torch.zeros((), dtype=slopes[0].dtype, device=slopes[0].device)
+    curved, v = zip(*pairs, strict=True)
+    products = torch.autograd.grad(curved, weights, v, create_graph=True, materialize_grads=True)
+    return torch.stack([(product * one).sum() for product, one in zip(products, probe, strict=True)]).sum()
+
+
+def _second_difference(up: Tensor | None, here: Tensor | None, down: Tensor | None) -> Tensor | None:
+    return None if up is None or here is None or down is None else (up - here) + (down - here)
+
+
+def _step(weights: Sequence[Tensor]) -> float:
+    """The step of a second difference: eps^(1/4) of the weights' root mean square, which balances both its errors."""
+    count = sum(weight.numel() for weight in weights)
+    size = float(norm([weight.detach() for weight in weights])) / math.sqrt(count)
+    eps = max(torch.finfo(weight.dtype).eps for weight in weights)
+    return eps**0.25 * (size or 1.0)
