@@ -42,14 +42,14 @@ class Call:
         """Return phi(x) as torch computes it; x is left alone also where the operation works in place."""
         return self.func(x.clone() if self.in_place else x, *self.args, **self.kwargs)
 
-    def slope(self, g: Tensor, x: Tensor) -> Tensor:
-        """Return g phi'(x) by torch's own backward of the operation."""
+    def slope(self, g: Tensor, x: Tensor, create_graph: bool) -> Tensor:
+        """Return g phi'(x) by torch's own backward of the operation: some take another one under create_graph."""
         if self.backward is not None and g.dtype == x.dtype:
             with _plain_torch():
                 return self.backward(g, x, **{key: value for key, value in self.kwargs.items() if key != "inplace"})
         with _plain_torch(), _cast_by(self.autocast, x), torch.enable_grad():
             x = x.detach().requires_grad_()
-            return torch.autograd.grad(self.value(x), x, g)[0]
+            return torch.autograd.grad(self.value(x), x, g, create_graph=create_graph)[0].detach()
 
     def curvature(self, x: Tensor) -> Tensor:
         """Return f(x), differentiable in x."""
@@ -74,7 +74,7 @@ class Flat(Call):
         """Return zeros."""
         return torch.full_like(x, -0.0)
 
-    def slope(self, g: Tensor, x: Tensor) -> Tensor:
+    def slope(self, g: Tensor, x: Tensor, create_graph: bool) -> Tensor:
         """Return zeros."""
         return torch.full_like(x, -0.0)
 
@@ -82,6 +82,10 @@ class Flat(Call):
 def activation(x: Tensor, call: Call) -> Tensor:
     """Return phi(x) with f as its second derivative in every graph that is made of it."""
     return _Activation.apply(x, call)  # pyrefly: ignore
+
+
+def _slope(g: Tensor, x: Tensor, call: Call) -> Tensor:
+    return _Slope.apply(g, x, call, torch.is_grad_enabled())  # pyrefly: ignore
 
 
 def saving_is_hooked() -> bool:
@@ -108,13 +112,13 @@ class _Activation(torch.autograd.Function):
     # pyrefly: ignore[bad-override]
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         (x,) = _kept(ctx)
-        return _Slope.apply(g, x, ctx.call), None  # pyrefly: ignore
+        return _slope(g, x, ctx.call), None
 
     @staticmethod
     # pyrefly: ignore[bad-override]
     def jvp(ctx: Any, x_tangent: Tensor, _: None) -> Tensor:
         (x,) = _kept(ctx)
-        return _Slope.apply(x_tangent, x, ctx.call)  # pyrefly: ignore
+        return _slope(x_tangent, x, ctx.call)
 
     @staticmethod
     # pyrefly: ignore[bad-override]
@@ -124,39 +128,37 @@ class _Activation(torch.autograd.Function):
 
 class _Slope(torch.autograd.Function):
     @staticmethod
-    def forward(g: Tensor, x: Tensor, call: Call) -> Tensor:
-        return call.slope(g, x)
+    def forward(g: Tensor, x: Tensor, call: Call, create_graph: bool) -> Tensor:
+        return call.slope(g, x, create_graph)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Call], output: Tensor) -> None:
-        g, x, ctx.call = inputs
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Call, bool], output: Tensor) -> None:
+        g, x, ctx.call, _ = inputs
         _keep(ctx, g, x)
 
     @staticmethod
     # pyrefly: ignore[bad-override]
-    def backward(ctx: Any, c: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, c: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         g, x = _kept(ctx)
-        in_g = _Slope.apply(c, x, ctx.call) if ctx.needs_input_grad[0] else None  # pyrefly: ignore
+        in_g = _slope(c, x, ctx.call) if ctx.needs_input_grad[0] else None
         in_x = (g * c * ctx.call.curvature(x)).to(x.dtype) if ctx.needs_input_grad[1] else None
-        return in_g, in_x, None
+        return in_g, in_x, None, None
 
     @staticmethod
     # pyrefly: ignore[bad-override]
-    def jvp(ctx: Any, g_tangent: Tensor, x_tangent: Tensor, _: None) -> Tensor:
+    def jvp(ctx: Any, g_tangent: Tensor, x_tangent: Tensor, *_: None) -> Tensor:
         g, x = _kept(ctx)
         from_x = (g * x_tangent * ctx.call.curvature(x)).to(x.dtype)
-        return _Slope.apply(g_tangent, x, ctx.call) + from_x  # pyrefly: ignore
+        return _slope(g_tangent, x, ctx.call) + from_x
 
     @staticmethod
     # pyrefly: ignore[bad-override]
-    def vmap(
-        info: Any, in_dims: tuple[int | None, int | None, None], g: Tensor, x: Tensor, call: Call
-    ) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: tuple[int | None, ...], g: Tensor, x: Tensor, *carried: Any) -> tuple[Tensor, int]:
         g, x = (
             t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
             for t, dim in zip((g, x), in_dims, strict=False)
         )
-        return _Slope.apply(g, x, call), 0  # pyrefly: ignore
+        return _Slope.apply(g, x, *carried), 0  # pyrefly: ignore
 
 
 # `apply` inspects the signature of forward at each call, which costs more than a small activation itself.

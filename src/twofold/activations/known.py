@@ -72,7 +72,6 @@ BACKWARD: dict[str, Callable[..., Tensor]] = {
     "gelu": _aten.gelu_backward,
     "relu": lambda g, x: _aten.threshold_backward(g, x, 0),
     "sigmoid": lambda g, x: _aten.sigmoid_backward(g, torch.sigmoid(x)),
-    "silu": _aten.silu_backward,
     "tanh": lambda g, x: _aten.tanh_backward(g, torch.tanh(x)),
 }
 
