@@ -1,0 +1,130 @@
+"""From paired numbers to a verdict: differences over seeds, their 95 % interval, and one rule for all findings.
+
+The rule, with d the paired difference in the direction that the finding claims and m the smallest effect that matters:
+
+    shows           the interval lies above 0 and the mean of d is at least m
+    opposite        the interval lies below 0 and the mean of d is at most -m
+    does not show   the interval lies inside (-m, m)
+    undecided       anything else, and whenever fewer than two seeds have both numbers
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from twofold.errors import TwofoldError
+
+SHOWS, DOES_NOT_SHOW, OPPOSITE, UNDECIDED = "shows", "does not show", "opposite", "undecided"
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over seeds with its Student-t interval; NaN where there are too few seeds for one."""
+
+    mean: float
+    low: float
+    high: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the numbers say about one finding.
+
+    Attributes:
+        finding: what the paper claims.
+        figure: the figure's number.
+        rule: how the finding is judged.
+        effect: mean paired difference in the direction of the claim, in the rule's unit.
+        low, high: its 95 % interval.
+        verdict: "shows", "does not show", "opposite" or "undecided".
+        seeds: pairs behind the effect.
+        diverged: runs among them that diverged; they count as they are.
+        scale: the scale that was run.
+        data: the data set.
+    """
+
+    finding: str
+    figure: int
+    rule: str
+    effect: float
+    low: float
+    high: float
+    verdict: str
+    seeds: int
+    diverged: int
+    scale: str
+    data: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values; a number that does not exist is None."""
+        numbers = {name: _rounded(getattr(self, name)) for name in ("effect", "low", "high")}
+        return {**asdict(self), **numbers}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Verdict:
+        """Back from `to_dict`'s form."""
+        numbers = {name: math.nan if values[name] is None else values[name] for name in ("effect", "low", "high")}
+        return cls(**{**values, **numbers})
+
+
+def confidence_interval(values: Iterable[float]) -> Interval:
+    """The mean of `values` and its two-sided 95 % Student-t interval.
+
+    mean -+ t_(0.975, n - 1) s / sqrt(n), s the standard deviation with n - 1; values that are NaN are left out.
+
+    Example:
+        >>> confidence_interval([1.0, 2.0, 3.0])
+        Interval(mean=2.0, low=-0.48413771175033..., high=4.48413771175033..., count=3)
+    """
+    numbers = np.asarray(list(values), dtype=float)
+    numbers = numbers[~np.isnan(numbers)]
+    count = len(numbers)
+    if count == 0:
+        return Interval(math.nan, math.nan, math.nan, 0)
+    mean = float(numbers.mean())
+    if count == 1:
+        return Interval(mean, math.nan, math.nan, 1)
+    half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, count - 1) * numbers.std(ddof=1) / math.sqrt(count))
+    return Interval(mean, mean - half, mean + half, count)
+
+
+def paired_difference(first: pd.Series, second: pd.Series) -> pd.Series:
+    """first - second for the seeds (the index of both) that have both numbers."""
+    return (first - second).dropna()
+
+
+def decide(difference: Interval, smallest: float) -> str:
+    """The verdict by the rule at the top of this file.
+
+    Args:
+        difference: interval of the paired difference, positive in the direction that the finding claims.
+        smallest: the smallest effect that matters, in the same unit; positive.
+
+    Raises:
+        TwofoldError: `smallest` is not positive.
+    """
+    if not smallest > 0:
+        raise TwofoldError(f"The smallest effect that matters must be positive, not {smallest!r}.")
+    if difference.count < 2:
+        return UNDECIDED
+    if difference.low > 0 and difference.mean >= smallest:
+        return SHOWS
+    if difference.high < 0 and difference.mean <= -smallest:
+        return OPPOSITE
+    if -smallest < difference.low and difference.high < smallest:
+        return DOES_NOT_SHOW
+    return UNDECIDED
+
+
+def _rounded(value: float) -> float | None:
+    """Four decimals say all that a percentage over seeds can, and are the same on every rerun."""
+    return None if math.isnan(value) else round(value, 4) + 0.0
