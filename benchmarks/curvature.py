@@ -6,10 +6,10 @@ is 3; first layers need no gradient of their inputs, which moves each model's ow
 
 import torch
 import torch.nn.functional as F
-from models import MODELS
-from timing import interleaved
 
 import twofold
+from models import MODELS
+from timing import interleaved
 
 LIMITS = {  # H v, GN v, all three
     "mlp": (1.50, 1.17, 2.08),

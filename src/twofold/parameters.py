@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
@@ -85,11 +86,11 @@ class ParameterLayout:
             dtype = torch.promote_types(dtype, other)
         self.dtype = dtype
 
-    def flatten(self, tensors: Iterable[Tensor], *, out: Tensor | None = None) -> Tensor:
+    def flatten(self, tensors: Iterable[Tensor], *, out: Tensor | None = None) -> Float[Tensor, "P"]:
         """Join tensors of the parameters' shapes, in order, into one vector [P], into `out` if given."""
         return torch.cat([tensor.detach().reshape(-1).to(self.device, self.dtype) for tensor in tensors], out=out)
 
-    def unflatten(self, vector: Tensor) -> list[Tensor]:
+    def unflatten(self, vector: Float[Tensor, "P"]) -> list[Tensor]:
         """Split a vector [P] into tensors of the parameters' shapes, dtypes and devices (views where it can)."""
         parts = vector.split(self._sizes)
         return [
@@ -97,7 +98,7 @@ class ParameterLayout:
             for part, shape, (dtype, device) in zip(parts, self.shapes.values(), self._likes, strict=True)
         ]
 
-    def as_dict(self, vector: Tensor) -> dict[str, Tensor]:
+    def as_dict(self, vector: Float[Tensor, "P ..."]) -> dict[str, Tensor]:
         """Name the parts of a vector [P], or of vectors [P, K] (the parts are then [*shape, K])."""
         parts = vector.split(self._sizes)
         return {
@@ -105,7 +106,7 @@ class ParameterLayout:
             for part, (name, shape) in zip(parts, self.shapes.items(), strict=True)
         }
 
-    def from_dict(self, named: Mapping[str, Tensor]) -> Tensor:
+    def from_dict(self, named: Mapping[str, Tensor]) -> Float[Tensor, "P"]:
         """Join named tensors of the parameters' shapes into one vector [P]; the order of the names is free.
 
         Raises:
@@ -122,7 +123,7 @@ class ParameterLayout:
                 raise TwofoldError(f"v[{name!r}] has shape {tuple(named[name].shape)}; expected {tuple(shape)}.")
         return torch.cat([self._checked(named[name]).reshape(-1) for name in self.shapes])
 
-    def columns(self, vectors: Vectors) -> Tensor:
+    def columns(self, vectors: Vectors) -> Float[Tensor, "P K"]:
         """Check vectors in any accepted form and return them as columns [P, K] (K = 1 for one vector).
 
         Raises:
@@ -150,12 +151,12 @@ class ParameterLayout:
         return vector.detach().to(self.device, self.dtype)
 
 
-def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Float[Tensor, ""]:
     """Inner product of two lists of tensors, summed in float32 or better."""
     return torch.stack([_sum_of_products(a, b) for a, b in zip(left, right, strict=True)]).sum()
 
 
-def norm(tensors: Sequence[Tensor]) -> Tensor:
+def norm(tensors: Sequence[Tensor]) -> Float[Tensor, ""]:
     """One global 2-norm over a list of tensors, in float32 or better."""
     wide = [tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
     return torch.linalg.vector_norm(

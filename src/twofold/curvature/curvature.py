@@ -5,6 +5,7 @@ from functools import cached_property
 from typing import Any, get_args
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from twofold.curvature.operators import NME, GaussNewton, Hessian, rows_of, same_kind
@@ -101,7 +102,7 @@ class Curvature:
         """Return the loss of the whole set."""
         return self._products.loss_and_gradient()[0]
 
-    def gradient(self) -> Tensor:
+    def gradient(self) -> Float[Tensor, "P"]:
         """Return the gradient of the loss of the whole set, [P]."""
         return self._products.loss_and_gradient()[1]
 

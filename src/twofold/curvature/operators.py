@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Self, overload
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from twofold.curvature.products import Products
@@ -30,16 +31,16 @@ class SymmetricOperator(ABC):
         self.device = layout.device
 
     @abstractmethod
-    def _rows(self, rows: Tensor) -> Tensor:
+    def _rows(self, rows: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:
         """The matrix times K vectors given as rows [K, P]."""
 
-    def matvec(self, vector: Tensor) -> Tensor:
+    def matvec(self, vector: Tensor) -> Float[Tensor, "P"]:
         """Return the matrix times v [P]."""
         if vector.dim() != 1:
             raise TwofoldError(f"matvec takes a vector [{self.shape[0]}]; one of shape {tuple(vector.shape)} came.")
         return self @ vector
 
-    def matmat(self, vectors: Tensor) -> Tensor:
+    def matmat(self, vectors: Tensor) -> Float[Tensor, "P K"]:
         """Return the matrix times v [P, K]."""
         if vectors.dim() != 2:
             raise TwofoldError(f"matmat takes vectors [{self.shape[0]}, K]; shape {tuple(vectors.shape)} came.")
@@ -62,7 +63,7 @@ class SymmetricOperator(ABC):
         """The transpose, which is the operator itself."""
         return self
 
-    def to_dense(self, *, chunk: int = 64) -> Tensor:
+    def to_dense(self, *, chunk: int = 64) -> Float[Tensor, "P P"]:
         """Return the whole matrix [P, P], `chunk` columns at a time; memory grows as P^2."""
         identity = torch.eye(self.shape[0], dtype=self.dtype, device=self.device)
         return torch.cat([self._rows(rows) for rows in identity.split(chunk)]).T
@@ -121,7 +122,7 @@ class _Combination(SymmetricOperator):
         super().__init__(first.layout)
         self._terms = list(terms)
 
-    def _rows(self, rows: Tensor) -> Tensor:
+    def _rows(self, rows: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:
         return sum((factor * operator._rows(rows) for factor, operator in self._terms), torch.zeros_like(rows))
 
 
@@ -154,7 +155,7 @@ class _CurvatureOperator(SymmetricOperator):
         super().__init__(products.layout)
         self._products = products
 
-    def _rows(self, rows: Tensor) -> Tensor:
+    def _rows(self, rows: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:
         return self._products.matmat(rows, (self.part,))[0]
 
 
@@ -193,12 +194,12 @@ class NME(_CurvatureOperator):
     part: ClassVar[Matrix] = "nme"
 
 
-def rows_of(layout: ParameterLayout, vectors: Vectors) -> Tensor:
+def rows_of(layout: ParameterLayout, vectors: Vectors) -> Float[Tensor, "K P"]:
     """Check vectors of any accepted form and return them as rows [K, P]."""
     return layout.columns(vectors).T.contiguous()
 
 
-def same_kind(layout: ParameterLayout, like: Vectors, rows: Tensor) -> Any:
+def same_kind(layout: ParameterLayout, like: Vectors, rows: Float[Tensor, "K P"]) -> Any:
     """Return rows [K, P] in the form that `like` has: [P], [P, K] or a mapping of named tensors."""
     if isinstance(like, Tensor):
         return rows[0] if like.dim() == 1 else rows.T.contiguous()

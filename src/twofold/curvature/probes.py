@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from twofold.errors import TwofoldError
@@ -34,7 +35,7 @@ def private_generator(device: torch.device) -> torch.Generator:
     return torch.Generator(device).manual_seed(0)
 
 
-def rademacher(operator: Any, num_probes: int, generator: torch.Generator | None) -> Iterator[Tensor]:
+def rademacher(operator: Any, num_probes: int, generator: torch.Generator | None) -> Iterator[Float[Tensor, "P"]]:
     """Yield probes [P] with entries +-1, of the operator's dtype and device (float64 on the CPU if it has none)."""
     dtype, device = getattr(operator, "dtype", None), getattr(operator, "device", None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
@@ -46,7 +47,7 @@ def rademacher(operator: Any, num_probes: int, generator: torch.Generator | None
         yield signs.to(device, dtype).mul_(2).sub_(1)
 
 
-def product_of(operator: Any, probe: Tensor) -> Tensor:
+def product_of(operator: Any, probe: Float[Tensor, "P"]) -> Tensor:
     """The operator times a probe, also where it speaks NumPy."""
     if isinstance(getattr(operator, "dtype", None), torch.dtype):
         return operator @ (probe if operator.dtype.is_floating_point else probe.to(operator.dtype))

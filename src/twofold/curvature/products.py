@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -69,7 +70,7 @@ class Products:
         self._fingerprint: tuple[Any, Tensor] | None = None
 
     @full_precision()
-    def matmat(self, rows: Tensor, parts: Sequence[Matrix]) -> list[Tensor]:
+    def matmat(self, rows: Float[Tensor, "K P"], parts: Sequence[Matrix]) -> list[Float[Tensor, "K P"]]:
         """Return each named matrix times K vectors.
 
         Args:
@@ -103,7 +104,7 @@ class Products:
         return [averages[part] for part in parts]
 
     @full_precision()
-    def loss_and_gradient(self) -> tuple[float, Tensor]:
+    def loss_and_gradient(self) -> tuple[float, Float[Tensor, "P"]]:
         """Return the loss of the whole set and its gradient [P]."""
         value, total = torch.zeros((), dtype=torch.float64), 0.0
         gradient = torch.zeros(self.layout.size, dtype=self.layout.dtype, device=self.layout.device)
@@ -198,7 +199,7 @@ def _version(tensor: Tensor) -> int:
 _BLOCKS = 61
 
 
-def _checksums(tensors: Sequence[Tensor]) -> Tensor:
+def _checksums(tensors: Sequence[Tensor]) -> Int64[Tensor, "sums"]:
     """Sums of the tensors' bits, exact in int64, over 61 blocks each: as fast as memory can be read."""
     sums = [torch.zeros(0, dtype=torch.int64)]
     for tensor in tensors:
