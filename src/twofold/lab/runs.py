@@ -231,7 +231,7 @@ def load_run(directory: Path) -> Run:
     config = RunConfig.from_dict(_read_json(path / _CONFIG))
     metrics = pd.DataFrame()
     if status["status"] != "failed":
-        metrics = pd.read_csv(path / _METRICS, float_precision="round_trip")
+        metrics = _read_metrics(path / _METRICS)
     final = {str(name): value for name, value in metrics.iloc[-1].items()} if len(metrics) else {}
     return Run(path.name, config, status["status"], metrics, final, path, status.get("error", ""))
 
@@ -344,6 +344,14 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise TwofoldError(f"{path} is damaged: it holds no JSON object.")
     return values
+
+
+def _read_metrics(path: Path) -> pd.DataFrame:
+    """The table exactly as written; pandas' own reader may change a last bit."""
+    with path.open(newline="") as file:
+        columns, *rows = csv.reader(file)
+    values = [[float(text or "nan") for text in row] for row in rows]
+    return pd.DataFrame(values, columns=columns).astype({"epoch": int, "step": int})
 
 
 def _json(values: Mapping[str, Any]) -> bytes:

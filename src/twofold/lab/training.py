@@ -214,6 +214,7 @@ def _plain_backward(model: nn.Module, loss_fn: Callable, batch: tuple[Tensor, Te
 def evaluate(model: nn.Module, data: Dataset) -> Row:
     """Mean cross-entropy and accuracy (0 to 1) on train, validation and test, in eval mode."""
     row: Row = {}
+    training = model.training
     model.eval()
     for name in ("train", "validation", "test"):
         inputs, targets = getattr(data, name)
@@ -223,7 +224,7 @@ def evaluate(model: nn.Module, data: Dataset) -> Row:
             loss += float(F.cross_entropy(outputs, y, reduction="sum"))
             correct += int((outputs.argmax(1) == y).sum())
         row |= {f"{name}/loss": loss / len(targets), f"{name}/accuracy": correct / len(targets)}
-    model.train()
+    model.train(training)
     return row
 
 

@@ -1,0 +1,156 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+
+from twofold.errors import TwofoldError
+from twofold.lab.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig
+from twofold.lab.runs import RunDirectory, load_run, run_id
+from twofold.lab.sweep import compute, sweep
+from twofold.lab.training import train
+
+SMALL = RunConfig(
+    data=DataConfig(num_train=200, num_validation=50, num_test=60, label_noise=0.3),
+    model=ModelConfig(width=8, depth=1),
+    epochs=2,
+    batch_size=64,
+)
+CONFIGS = [replace(SMALL, seed=seed) for seed in range(4)]
+IDS = [run_id(config) for config in CONFIGS]
+
+
+def test_numbers_do_not_depend_on_workers_or_order(tmp_path):
+    told = []
+    one = sweep(CONFIGS, tmp_path / "one", workers=1, progress=lambda *args: told.append(args))
+    two = sweep(CONFIGS[::-1], tmp_path / "two", workers=2)
+    assert one.finished == tuple(IDS)
+    assert two.finished == tuple(IDS[::-1])
+    assert [(done, total) for done, total, _ in told] == [(done, 4) for done in range(5)]
+    assert told[0][2] is None
+    assert told[-1][2] == 0
+    for name in IDS:
+        first, second = (tmp_path / out / "runs" / name for out in ("one", "two"))
+        for file in ("metrics.csv", "weights.safetensors", "config.json"):
+            assert (first / file).read_bytes() == (second / file).read_bytes()
+    assert load_run(tmp_path / "one" / "runs" / IDS[0]).metrics.equals(train(CONFIGS[0]))
+
+
+def test_results_are_reused_and_equal_runs_are_run_once(tmp_path):
+    train(CONFIGS[0], directory=RunDirectory(tmp_path, CONFIGS[0]))
+    result = sweep([*CONFIGS[:2], CONFIGS[1]], tmp_path, workers=1)
+    assert (result.finished, result.reused) == (tuple(IDS[:2]), 1)
+    told = []
+    again = sweep(CONFIGS[:2], tmp_path, progress=lambda *args: told.append(args))
+    assert (again.finished, again.reused) == (tuple(IDS[:2]), 2)
+    assert told == [(2, 2, None)]
+    assert sweep([], tmp_path).finished == ()
+
+
+def test_a_failed_run_is_recorded_and_the_others_go_on(tmp_path):
+    misfit = replace(SMALL, model=ModelConfig("wideresnet", width=1, depth=10))
+    diverging = replace(SMALL, optimizer=OptimizerConfig(lr=1e20))
+    result = sweep([misfit, diverging, CONFIGS[0]], tmp_path, workers=2)
+    assert result.finished == (IDS[0],)
+    assert result.diverged == (run_id(diverging),)
+    assert list(result.failed) == [run_id(misfit)]
+    assert result.failed[run_id(misfit)].startswith("twofold.errors.TwofoldError: A WideResNet takes images")
+    run = load_run(tmp_path / "runs" / run_id(misfit))
+    assert run.status == "failed"
+    assert run.error.startswith("Traceback")
+    assert sweep([misfit], tmp_path, workers=1).failed == result.failed  # tried again, not taken as a result
+
+
+def test_a_run_whose_worker_dies_once_is_retried(tmp_path):
+    marker = str(tmp_path / "died")
+
+    def die_once(directory, data_dir):
+        if directory.config.seed == 1 and not os.path.exists(marker):
+            open(marker, "w").close()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return compute(directory, data_dir)
+
+    result = sweep(CONFIGS, tmp_path, workers=2, compute=die_once)
+    assert result.finished == tuple(IDS)
+    assert os.path.exists(marker)
+
+
+def test_a_run_whose_worker_dies_twice_fails_alone(tmp_path):
+    deaths = str(tmp_path / "deaths")
+
+    def die(directory, data_dir):
+        if directory.config.seed == 1:
+            with open(deaths, "a") as file:
+                file.write("x")
+            os._exit(3)
+        return compute(directory, data_dir)
+
+    result = sweep(CONFIGS, tmp_path, workers=2, compute=die)
+    assert result.finished == (IDS[0], IDS[2], IDS[3])
+    assert list(result.failed) == [IDS[1]]
+    assert "died twice" in result.failed[IDS[1]]
+    assert len(open(deaths).read()) == 2
+    assert "died twice" in load_run(tmp_path / "runs" / IDS[1]).error
+
+
+def test_what_cannot_work_is_refused_before_anything_starts(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(TwofoldError, match="cannot be written"):
+        sweep(CONFIGS, tmp_path / "file")
+    for workers in (0, -1, 1.5, True):
+        with pytest.raises(TwofoldError, match=f"workers is {workers}"):
+            sweep(CONFIGS, tmp_path, workers=workers)
+    too_many = replace(SMALL, data=replace(SMALL.data, num_train=5000))
+    with pytest.raises(TwofoldError, match="only 4000"):
+        sweep([CONFIGS[0], too_many], tmp_path)
+    assert not list((tmp_path / "runs").iterdir())
+
+
+def is_alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def wait_until(condition) -> None:
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_ctrl_c_keeps_finished_runs_and_leaves_no_process(tmp_path):
+    script = f"""
+import os, signal, sys
+from dataclasses import replace
+from pathlib import Path
+from twofold.lab.config import RunConfig
+from twofold.lab.sweep import sweep
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background would ignore it
+small = RunConfig.from_dict({SMALL.to_dict()!r})
+configs = [small, replace(small, epochs=10**6)]
+def tell(done, total, seconds_left):
+    print(done, flush=True)
+try:
+    sweep(configs, Path(sys.argv[1]), workers=1, progress=tell)
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    unfinished = RunDirectory(tmp_path, replace(SMALL, epochs=10**6))
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        for line in process.stdout:
+            if line.strip() == "1":
+                break
+        wait_until((unfinished.path / "checkpoint.safetensors").exists)
+        os.killpg(process.pid, signal.SIGINT)
+        process.wait(timeout=30)
+    assert process.returncode == 130
+    wait_until(lambda: not is_alive(process.pid))
+    assert load_run(tmp_path / "runs" / run_id(SMALL)).status == "finished"
+    assert (unfinished.path / "checkpoint.safetensors").exists()

@@ -1,0 +1,338 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from twofold.errors import TwofoldError
+from twofold.lab import training
+from twofold.lab.config import (
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RegularizerConfig,
+    RunConfig,
+    mnist1d,
+)
+from twofold.lab.data import load
+from twofold.lab.models import build
+from twofold.lab.runs import RunDirectory, load_model, load_run
+from twofold.lab.seeding import derive_generator, derive_seed
+from twofold.lab.training import learning_rate, train
+
+SMALL = RunConfig(
+    data=DataConfig(num_train=200, num_validation=50, num_test=60, label_noise=0.2),
+    model=ModelConfig(width=16, depth=2, norm="batch"),
+    epochs=4,
+    batch_size=64,
+)
+STEPS = 16  # 4 epochs of 4 steps, the last of each with 8 examples
+
+
+def weights(directory: RunDirectory) -> dict[str, torch.Tensor]:
+    return load_model(directory.path)[0].state_dict()
+
+
+def assert_same_weights(first: RunDirectory, second: RunDirectory) -> None:
+    expected = weights(second)
+    for name, tensor in weights(first).items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_is_sgd_with_cosine_decay_on_the_shuffled_data():
+    config = replace(SMALL, model=ModelConfig(width=8, depth=1), warmup_epochs=1)
+    data = load(config.data)
+    model = build(config.model, data.input_shape, 10, derive_seed("model", config.seed))
+    parameters = list(model.parameters())
+    momenta = [torch.zeros_like(p) for p in parameters]
+    for step in range(STEPS):
+        epoch, i = divmod(step, 4)
+        order = torch.randperm(200, generator=derive_generator("shuffle", config.seed, epoch + 1))
+        chosen = order[64 * i : 64 * (i + 1)]
+        loss = F.cross_entropy(model(data.train.inputs[chosen]), data.train.targets[chosen])
+        lr = 0.05 * (step + 1) / 4 if step < 4 else 0.05 * (1 + math.cos(math.pi * (step - 4) / 12)) / 2
+        with torch.no_grad():
+            for p, m, g in zip(parameters, momenta, torch.autograd.grad(loss, parameters), strict=True):
+                m.mul_(0.9).add_(g + 5e-4 * p)
+                p.sub_(lr * m)
+    final = train(config).iloc[-1]
+    for name in ("train", "validation", "test"):
+        inputs, targets = getattr(data, name)
+        outputs = model(inputs)
+        assert final[f"{name}/loss"] == pytest.approx(F.cross_entropy(outputs, targets).item(), rel=1e-5)
+        assert final[f"{name}/accuracy"] == pytest.approx((outputs.argmax(1) == targets).double().mean().item())
+
+
+def test_metrics_have_a_row_an_epoch_from_before_training_on():
+    seen = []
+    metrics = train(SMALL, progress=seen.append)
+    assert metrics["epoch"].tolist() == [0, 1, 2, 3, 4]
+    assert metrics["step"].tolist() == [0, 4, 8, 12, 16]
+    assert seen == metrics.to_dict("records")
+    assert metrics["train/loss"].iloc[-1] < metrics["train/loss"].iloc[0]
+
+
+@pytest.mark.parametrize(("max_steps", "steps"), [(3, [0, 3]), (4, [0, 4]), (6, [0, 4, 6]), (100, [0, 4, 8, 12, 16])])
+def test_max_steps_ends_run_and_schedule(max_steps, steps):
+    config = replace(SMALL, max_steps=max_steps)
+    metrics = train(config)
+    assert metrics["step"].tolist() == steps
+    last = steps[-1]
+    assert metrics["lr"].iloc[-1] == learning_rate(config, last - 1, 4, last) == pytest.approx(
+        0.05 * (1 + math.cos(math.pi * (last - 1) / last)) / 2
+    )
+
+
+def test_a_constant_schedule_is_constant_after_its_warm_up():
+    config = replace(SMALL, schedule="constant", warmup_epochs=2)
+    rates = [learning_rate(config, step, 4, STEPS) for step in range(STEPS)]
+    np.testing.assert_allclose(rates, [0.05 * min(step + 1, 8) / 8 for step in range(STEPS)])
+
+
+@pytest.mark.parametrize("optimizer", [OptimizerConfig("sgd"), OptimizerConfig("adamw", lr=1e-3)], ids=str)
+@pytest.mark.parametrize("step", [0, 1, 5, 12, 15])
+def test_stopped_at_any_step_it_ends_with_the_same_bits(tmp_path, monkeypatch, step, optimizer):
+    config = replace(SMALL, optimizer=optimizer)
+    whole, resumed = RunDirectory(tmp_path / "whole", config), RunDirectory(tmp_path / "resumed", config)
+    expected = train(config, directory=whole)
+
+    def stop(config: RunConfig, at: int, *rest: int) -> float:
+        if at == step:
+            raise KeyboardInterrupt
+        return learning_rate(config, at, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "learning_rate", stop)
+        train(config, directory=resumed)
+    assert resumed.result() is None
+    torch.manual_seed(1234)
+    computed = []
+    metrics = train(config, directory=resumed, progress=computed.append)
+    assert len(computed) == 4 - step // 4  # the epochs before are not computed again
+    assert metrics.equals(expected)
+    assert_same_weights(whole, resumed)
+    for name in ("metrics.csv", "weights.safetensors", "config.json"):
+        assert (resumed.path / name).read_bytes() == (whole.path / name).read_bytes()
+
+
+def test_killed_without_warning_it_ends_with_the_same_bits(tmp_path):
+    config = replace(SMALL, epochs=100)
+    script = (
+        "import json, sys; from twofold.lab.config import RunConfig; from twofold.lab.runs import RunDirectory\n"
+        "from twofold.lab.training import train; from pathlib import Path\n"
+        "config = RunConfig.from_dict(json.loads(sys.argv[2]))\n"
+        "train(config, directory=RunDirectory(Path(sys.argv[1]), config),"
+        " progress=lambda row: print(row['epoch'], flush=True))"
+    )
+    killed = RunDirectory(tmp_path / "killed", config)
+    command = [sys.executable, "-c", script, str(tmp_path / "killed"), json.dumps(config.to_dict())]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if int(line) == 7:
+                os.kill(process.pid, signal.SIGKILL)
+                break
+    assert process.returncode == -signal.SIGKILL
+    computed = []
+    metrics = train(config, directory=killed, progress=computed.append)
+    assert 0 < len(computed) <= 100 - 7
+    whole = RunDirectory(tmp_path / "whole", config)
+    assert metrics.equals(train(config, directory=whole))
+    assert_same_weights(whole, killed)
+
+
+def test_a_finished_run_is_read_and_not_computed(tmp_path):
+    directory = RunDirectory(tmp_path, SMALL)
+    first = train(SMALL, directory=directory)
+    times = {path.name: path.stat().st_mtime_ns for path in directory.path.iterdir()}
+    computed = []
+    assert train(SMALL, directory=directory, progress=computed.append).equals(first)
+    assert not computed
+    assert {path.name: path.stat().st_mtime_ns for path in directory.path.iterdir()} == times
+
+
+def test_the_caller_finds_its_process_as_it_was():
+    torch.manual_seed(7)
+    random_state = torch.get_rng_state()
+    threads = torch.get_num_threads()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.no_grad(), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            odd = train(replace(SMALL, threads=2))
+            assert not torch.is_grad_enabled()
+            assert torch.is_inference_mode_enabled()
+            assert torch.is_autocast_enabled("cpu")
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.get_num_threads() == threads
+    assert torch.equal(torch.get_rng_state(), random_state)
+    torch.testing.assert_close(torch.tensor(odd.values), torch.tensor(train(SMALL).values), rtol=1e-4, atol=0)
+
+
+def test_the_caller_finds_its_process_as_it_was_after_an_error():
+    random_state = torch.get_rng_state()
+    threads = torch.get_num_threads()
+    with pytest.raises(TwofoldError):
+        train(replace(SMALL, data=replace(SMALL.data, num_train=10**6), threads=3))
+    assert torch.get_num_threads() == threads
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_a_loss_that_is_not_finite_is_a_result(tmp_path):
+    config = replace(SMALL, model=ModelConfig(width=16, depth=2), optimizer=OptimizerConfig(lr=1e20))
+    directory = RunDirectory(tmp_path, config)
+    metrics = train(config, directory=directory)
+    run = load_run(directory.path)
+    assert run.status == "diverged"
+    assert len(metrics) == 2
+    assert not math.isfinite(run.final["train/loss"])
+    assert 0 <= run.final["test/accuracy"] <= 1
+    assert run.final["step"] < STEPS
+    assert (run.metrics.fillna(-1) == metrics.fillna(-1)).all(axis=None)
+
+
+def test_an_error_is_recorded_and_the_next_attempt_goes_on(tmp_path, monkeypatch):
+    directory = RunDirectory(tmp_path, SMALL)
+
+    def fail(config: RunConfig, step: int, *rest: int) -> float:
+        if step == 9:
+            raise RuntimeError("the cause")
+        return learning_rate(config, step, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="the cause"):
+        patch.setattr(training, "learning_rate", fail)
+        train(SMALL, directory=directory)
+    run = load_run(directory.path)
+    assert run.status == "failed"
+    assert "Traceback" in run.error
+    assert "the cause" in run.error
+    assert len(run.metrics) == 0
+    computed = []
+    train(SMALL, directory=directory, progress=computed.append)
+    assert [row["epoch"] for row in computed] == [3, 4]
+    assert load_run(directory.path).status == "finished"
+
+
+def test_augmentation_is_drawn_anew_every_step_and_needs_images():
+    with pytest.raises(TwofoldError, match="needs images"):
+        train(replace(SMALL, data=replace(SMALL.data, augmentation="flip_crop")))
+
+
+def test_a_device_that_is_not_there_is_told():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    with pytest.raises(TwofoldError, match="no CUDA"):
+        train(replace(SMALL, device="cuda"))
+
+
+REGULARIZERS = [
+    RegularizerConfig("sam", 0.1),
+    RegularizerConfig("usam", 0.1),
+    RegularizerConfig("gradient_penalty", 0.1),
+    RegularizerConfig("gradient_penalty", 0.1, {"p": 2, "curvature": "gauss_newton"}),
+    RegularizerConfig("gradient_penalty", 0.1, second_derivative="0"),
+    RegularizerConfig("gradient_penalty", 0.1, second_derivative="gaussian:2"),
+    RegularizerConfig("weight_noise", 0.01),
+    RegularizerConfig("hessian_trace", 1e-3),
+    RegularizerConfig("gauss_newton_trace", 1e-3),
+]
+
+
+@pytest.mark.parametrize("regularizer", REGULARIZERS, ids=str)
+def test_every_regularizer_trains_and_resumes_with_the_same_bits(tmp_path, monkeypatch, regularizer):
+    plain = replace(SMALL, model=ModelConfig(width=16, depth=2), epochs=2)
+    config = replace(plain, regularizer=regularizer)
+    whole, resumed = RunDirectory(tmp_path / "whole", config), RunDirectory(tmp_path / "resumed", config)
+    metrics = train(config, directory=whole)
+    assert metrics["train/loss"].iloc[-1] != train(plain)["train/loss"].iloc[-1]
+
+    def stop(config: RunConfig, step: int, *rest: int) -> float:
+        if step == 6:
+            raise KeyboardInterrupt
+        return learning_rate(config, step, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "learning_rate", stop)
+        train(config, directory=resumed)
+    assert train(config, directory=resumed).equals(metrics)
+    assert_same_weights(whole, resumed)
+
+
+@pytest.mark.parametrize("regularizer", [r for r in REGULARIZERS if r.second_derivative is None], ids=str)
+def test_strength_zero_is_plain_training(regularizer):
+    plain = replace(SMALL, model=ModelConfig(width=16, depth=2), epochs=1)
+    assert train(replace(plain, regularizer=replace(regularizer, strength=0.0))).equals(train(plain))
+
+
+def test_phi_second_is_swapped_in_the_penalty_alone():
+    config = replace(SMALL, model=ModelConfig(width=16, depth=2, activation="relu"), epochs=1)
+    penalty = RegularizerConfig("gradient_penalty", 0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a Hessian penalty does not see the curvature of a ReLU
+        plain, zero, synthetic = (
+            train(replace(config, regularizer=replace(penalty, second_derivative=value)))["train/loss"].iloc[-1]
+            for value in (None, "0", "gaussian:2")
+        )
+    assert zero == plain
+    assert synthetic != plain
+
+
+def test_options_that_do_not_fit_are_told():
+    config = replace(SMALL, regularizer=RegularizerConfig("sam", 0.1, {"radius": 2}))
+    with pytest.raises(TwofoldError, match=r"options do not fit SAM.*radius"):
+        train(config)
+
+
+def test_curvature_is_measured_on_the_probe_every_so_many_epochs():
+    config = replace(
+        SMALL, model=ModelConfig(width=4, depth=1), curvature_every=3, curvature_probe=32, curvature_matvecs=200
+    )
+    metrics = train(config)
+    measured = metrics.filter(like="curvature/")
+    assert measured.notna().all(axis=1).tolist() == [True, False, False, True, True]
+    assert measured.notna().any(axis=1).tolist() == [True, False, False, True, True]
+    data = load(config.data)
+    model = build(config.model, data.input_shape, 10, derive_seed("model", config.seed))
+    inputs, targets = (tensor[:32] for tensor in data.train)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(parameters):
+        return F.cross_entropy(torch.func.functional_call(model, parameters, (inputs,)), targets)
+
+    hessian = torch.func.hessian(loss)(parameters)
+    trace = sum(hessian[n][n].reshape(p.numel(), p.numel()).trace().item() for n, p in parameters.items())
+    norm = math.sqrt(sum(block.square().sum().item() for row in hessian.values() for block in row.values()))
+    first = metrics.iloc[0]
+    for quantity, exact in (("trace", trace), ("frobenius_norm", norm)):
+        value, stderr = first[f"curvature/hessian/{quantity}"], first[f"curvature/hessian/{quantity}_stderr"]
+        assert abs(value - exact) <= 5 * stderr
+        assert stderr < 0.2 * abs(value)
+    total = first["curvature/gauss_newton/trace"] + first["curvature/nme/trace"]
+    assert total == pytest.approx(first["curvature/hessian/trace"], rel=1e-4)
+
+
+def test_measuring_curvature_does_not_change_the_training():
+    measured = train(replace(SMALL, curvature_every=1, curvature_probe=32, curvature_matvecs=2))
+    plain = train(SMALL)
+    assert measured[plain.columns].equals(plain)
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_evaluating_moves_neither_statistics_nor_mode(mode):
+    model = build(SMALL.model, (40,), 10, 0).train(mode)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    training.evaluate(model, load(SMALL.data))
+    assert model.training is mode
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_the_recipe_of_the_protocol_runs():
+    assert train(replace(mnist1d(), max_steps=40))["step"].tolist() == [0, 32, 40]
