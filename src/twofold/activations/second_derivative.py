@@ -46,7 +46,8 @@ class second_derivative(ContextDecorator):  # noqa: N801 - a context manager, na
     pieces only, each with f as its own second derivative; name others in `of` to leave the pieces alone. Not seen
     are activations fused into LSTM, GRU, RNN or GLU kernels (a warning names them) and whatever runs in torch.jit
     modules or in threads started within the context. Compiled functions run eagerly within the context. Under
-    torch.utils.checkpoint the inputs of the swapped activations stay in memory.
+    torch.utils.checkpoint the inputs of the swapped activations stay in memory. In evaluation without gradients
+    nn.TransformerEncoderLayer leaves its fused path, as under any override of torch, and rounds differently there.
 
     Args:
         value: f, the stand-in for phi'': a number (0 removes phi''), `gaussian(beta)`, or any elementwise function from
