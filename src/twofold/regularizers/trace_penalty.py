@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from twofold.errors import TwofoldError
 from twofold.parameters import dot, norm
 from twofold.regularizers.base import Direction, Regularizer, check_choice, check_count, check_strength, plain
 from twofold.regularizers.gradients import Gradients, add_scaled, unscaled
@@ -80,6 +81,7 @@ class HessianTrace(Regularizer):
         return Direction(graph.loss, unscaled(total, graph.scale), found)
 
     def _difference(self, passes: Passes, probes: list[list[Tensor]]) -> Direction:
+        _refuse_half_precision(passes.chosen)
         loss, gradients = passes.gradient()
         step = _step(passes.chosen)
         total, trace = list(gradients), 0.0
@@ -142,6 +144,8 @@ class GaussNewtonTrace(Regularizer):
             return plain(passes)
         generator = passes.noise_generator()
         recorded = passes.recorded()
+        if not torch.isfinite(recorded.loss):
+            return Direction(recorded.loss, recorded.gradients, {})
         sample = self._by_labels if self.estimator == "labels" else self._by_probe
         heads, cotangents, trace = [], [], 0.0
         factor = self.strength / self.num_samples
@@ -202,6 +206,15 @@ def _quadratic_form(slopes: Sequence[Tensor], weights: Sequence[Tensor], probe: 
 
 def _second_difference(up: Tensor | None, here: Tensor | None, down: Tensor | None) -> Tensor | None:
     return None if up is None or here is None or down is None else (up - here) + (down - here)
+
+
+def _refuse_half_precision(weights: Sequence[Tensor]) -> None:
+    halves = (torch.bfloat16, torch.float16)
+    if any(torch.is_autocast_enabled(weight.device.type) or weight.dtype in halves for weight in weights):
+        raise TwofoldError(
+            "method='difference' takes a second difference of gradients, which half precision cannot resolve. Use "
+            "method='exact', or call it outside of autocast."
+        )
 
 
 def _step(weights: Sequence[Tensor]) -> float:
