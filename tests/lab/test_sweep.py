@@ -79,11 +79,11 @@ def test_a_run_whose_worker_dies_once_is_retried(tmp_path):
 
 
 def test_a_run_whose_worker_dies_twice_fails_alone(tmp_path):
-    deaths = str(tmp_path / "deaths")
+    deaths = tmp_path / "deaths"
 
     def die(directory, data_dir):
         if directory.config.seed == 1:
-            with open(deaths, "a") as file:
+            with deaths.open("a") as file:
                 file.write("x")
             os._exit(3)
         return compute(directory, data_dir)
@@ -92,7 +92,7 @@ def test_a_run_whose_worker_dies_twice_fails_alone(tmp_path):
     assert result.finished == (IDS[0], IDS[2], IDS[3])
     assert list(result.failed) == [IDS[1]]
     assert "died twice" in result.failed[IDS[1]]
-    assert len(open(deaths).read()) == 2
+    assert deaths.read_text() == "xx"
     assert "died twice" in load_run(tmp_path / "runs" / IDS[1]).error
 
 

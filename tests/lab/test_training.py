@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -35,6 +36,20 @@ SMALL = RunConfig(
     batch_size=64,
 )
 STEPS = 16  # 4 epochs of 4 steps, the last of each with 8 examples
+
+
+@contextmanager
+def raising(error: BaseException, step: int):
+    """Training that raises just before this step."""
+
+    def rate(config: RunConfig, at: int, *rest: int) -> float:
+        if at == step:
+            raise error
+        return learning_rate(config, at, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "learning_rate", rate)
+        yield
 
 
 def weights(directory: RunDirectory) -> dict[str, torch.Tensor]:
@@ -86,8 +101,10 @@ def test_max_steps_ends_run_and_schedule(max_steps, steps):
     metrics = train(config)
     assert metrics["step"].tolist() == steps
     last = steps[-1]
-    assert metrics["lr"].iloc[-1] == learning_rate(config, last - 1, 4, last) == pytest.approx(
-        0.05 * (1 + math.cos(math.pi * (last - 1) / last)) / 2
+    assert (
+        metrics["lr"].iloc[-1]
+        == learning_rate(config, last - 1, 4, last)
+        == pytest.approx(0.05 * (1 + math.cos(math.pi * (last - 1) / last)) / 2)
     )
 
 
@@ -99,18 +116,11 @@ def test_a_constant_schedule_is_constant_after_its_warm_up():
 
 @pytest.mark.parametrize("optimizer", [OptimizerConfig("sgd"), OptimizerConfig("adamw", lr=1e-3)], ids=str)
 @pytest.mark.parametrize("step", [0, 1, 5, 12, 15])
-def test_stopped_at_any_step_it_ends_with_the_same_bits(tmp_path, monkeypatch, step, optimizer):
+def test_stopped_at_any_step_it_ends_with_the_same_bits(tmp_path, step, optimizer):
     config = replace(SMALL, optimizer=optimizer)
     whole, resumed = RunDirectory(tmp_path / "whole", config), RunDirectory(tmp_path / "resumed", config)
     expected = train(config, directory=whole)
-
-    def stop(config: RunConfig, at: int, *rest: int) -> float:
-        if at == step:
-            raise KeyboardInterrupt
-        return learning_rate(config, at, *rest)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training, "learning_rate", stop)
+    with raising(KeyboardInterrupt(), step), pytest.raises(KeyboardInterrupt):
         train(config, directory=resumed)
     assert resumed.result() is None
     torch.manual_seed(1234)
@@ -199,16 +209,9 @@ def test_a_loss_that_is_not_finite_is_a_result(tmp_path):
     assert (run.metrics.fillna(-1) == metrics.fillna(-1)).all(axis=None)
 
 
-def test_an_error_is_recorded_and_the_next_attempt_goes_on(tmp_path, monkeypatch):
+def test_an_error_is_recorded_and_the_next_attempt_goes_on(tmp_path):
     directory = RunDirectory(tmp_path, SMALL)
-
-    def fail(config: RunConfig, step: int, *rest: int) -> float:
-        if step == 9:
-            raise RuntimeError("the cause")
-        return learning_rate(config, step, *rest)
-
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="the cause"):
-        patch.setattr(training, "learning_rate", fail)
+    with raising(RuntimeError("the cause"), step=9), pytest.raises(RuntimeError, match="the cause"):
         train(SMALL, directory=directory)
     run = load_run(directory.path)
     assert run.status == "failed"
@@ -247,20 +250,13 @@ REGULARIZERS = [
 
 
 @pytest.mark.parametrize("regularizer", REGULARIZERS, ids=str)
-def test_every_regularizer_trains_and_resumes_with_the_same_bits(tmp_path, monkeypatch, regularizer):
+def test_every_regularizer_trains_and_resumes_with_the_same_bits(tmp_path, regularizer):
     plain = replace(SMALL, model=ModelConfig(width=16, depth=2), epochs=2)
     config = replace(plain, regularizer=regularizer)
     whole, resumed = RunDirectory(tmp_path / "whole", config), RunDirectory(tmp_path / "resumed", config)
     metrics = train(config, directory=whole)
     assert metrics["train/loss"].iloc[-1] != train(plain)["train/loss"].iloc[-1]
-
-    def stop(config: RunConfig, step: int, *rest: int) -> float:
-        if step == 6:
-            raise KeyboardInterrupt
-        return learning_rate(config, step, *rest)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training, "learning_rate", stop)
+    with raising(KeyboardInterrupt(), step=6), pytest.raises(KeyboardInterrupt):
         train(config, directory=resumed)
     assert train(config, directory=resumed).equals(metrics)
     assert_same_weights(whole, resumed)
@@ -287,7 +283,7 @@ def test_phi_second_is_swapped_in_the_penalty_alone():
 
 def test_options_that_do_not_fit_are_told():
     config = replace(SMALL, regularizer=RegularizerConfig("sam", 0.1, {"radius": 2}))
-    with pytest.raises(TwofoldError, match=r"options do not fit SAM.*radius"):
+    with pytest.raises(TwofoldError, match=r"options do not fit sam.*radius"):
         train(config)
 
 

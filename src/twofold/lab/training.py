@@ -17,17 +17,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from twofold.activations import gaussian, second_derivative
+from twofold.curvature.curvature import Curvature
 from twofold.errors import TwofoldError
 from twofold.lab.config import OptimizerConfig, RegularizerConfig, RunConfig
 from twofold.lab.data import Dataset, TensorPair, augment, load
 from twofold.lab.models import build
 from twofold.lab.runs import Row, RunDirectory
 from twofold.lab.seeding import derive_generator, derive_seed
+from twofold.regularizers import SAM, USAM, GaussNewtonTrace, GradientPenalty, HessianTrace, WeightNoise
 
 Backward = Callable[[nn.Module, Callable[[Tensor, Tensor], Tensor], tuple[Tensor, Tensor]], Tensor]
 """backward(model, loss_fn, (inputs, targets)) -> loss: adds its gradient to .grad, as `Regularizer.backward` does."""
 
 _EVALUATION_BATCH = 1000
+
+_CONSTRUCTORS: Mapping[str, tuple[Callable[..., Any], str]] = {
+    "sam": (SAM, "rho"),
+    "usam": (USAM, "rho"),
+    "gradient_penalty": (GradientPenalty, "rho"),
+    "weight_noise": (WeightNoise, "sigma"),
+    "hessian_trace": (HessianTrace, "strength"),
+    "gauss_newton_trace": (GaussNewtonTrace, "strength"),
+}
+"""Every regularizer by name, and which argument the configuration's strength is."""
 
 
 def train(
@@ -177,27 +190,18 @@ def build_backward(config: RegularizerConfig) -> Backward:
     """
     if config.name == "none":
         return _plain_backward
-    import twofold
-
-    constructor, strength = {
-        "sam": (twofold.SAM, "rho"),
-        "usam": (twofold.USAM, "rho"),
-        "gradient_penalty": (twofold.GradientPenalty, "rho"),
-        "weight_noise": (twofold.WeightNoise, "sigma"),
-        "hessian_trace": (twofold.HessianTrace, "strength"),
-        "gauss_newton_trace": (twofold.GaussNewtonTrace, "strength"),
-    }[config.name]
+    constructor, strength = _CONSTRUCTORS[config.name]
     try:
         regularizer = constructor(**{strength: config.strength}, **dict(config.options))
     except TypeError as error:
-        raise TwofoldError(f"RegularizerConfig.options do not fit {constructor.__name__}: {error}.") from error
+        raise TwofoldError(f"RegularizerConfig.options do not fit {config.name}: {error}.") from error
     beta = config.second_derivative_beta
     if beta is None:
         return regularizer.backward
-    replacement = 0 if beta == 0 else twofold.gaussian(beta=beta)
+    replacement = 0 if beta == 0 else gaussian(beta=beta)
 
     def backward(model: nn.Module, loss_fn: Callable, batch: tuple[Tensor, Tensor]) -> Tensor:
-        with twofold.second_derivative(replacement):
+        with second_derivative(replacement):
             return regularizer.backward(model, loss_fn, batch)
 
     return backward
@@ -230,8 +234,6 @@ def evaluate(model: nn.Module, data: Dataset) -> Row:
 
 def measure_curvature(config: RunConfig, model: nn.Module, examples: TensorPair) -> Row:
     """Traces and Frobenius norms of H, GN and NME on the first `curvature_probe` of the examples, in eval mode."""
-    from twofold import Curvature
-
     batch = tuple(tensor[: config.curvature_probe] for tensor in examples)
     curvature = Curvature(model, F.cross_entropy, batch, mode="eval")
     row: Row = {}

@@ -38,7 +38,7 @@ def _generate(num_samples: int, seed: int) -> dict[str, Any]:
         from mnist1d.data import ObjectView, get_dataset_args, make_dataset
     except ImportError as error:
         raise TwofoldError(f"MNIST-1D needs the lab extra ({error}): pip install 'twofold[lab]'.") from error
-    arguments = ObjectView({**get_dataset_args(as_dict=True), "num_samples": num_samples, "seed": seed})
+    arguments = ObjectView({**vars(get_dataset_args()), "num_samples": num_samples, "seed": seed})
     with _global_random_states_restored():  # the package seeds and draws from the global ones
         return make_dataset(arguments)
 

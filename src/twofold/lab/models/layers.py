@@ -6,14 +6,10 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from twofold.activations import BetaGELU
+
 if TYPE_CHECKING:
     from twofold.lab.config import ModelConfig
-
-
-def _beta_gelu(beta: float) -> nn.Module:
-    from twofold.activations import BetaGELU
-
-    return BetaGELU(beta=beta)
 
 
 _PLAIN: Mapping[str, Callable[[], nn.Module]] = {
@@ -40,7 +36,7 @@ _BATCH_NORMS = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d}
 
 def activation(config: "ModelConfig") -> nn.Module:
     """The activation that `config` names."""
-    return _beta_gelu(config.beta) if config.activation == "beta_gelu" else _PLAIN[config.activation]()
+    return BetaGELU(beta=config.beta) if config.activation == "beta_gelu" else _PLAIN[config.activation]()
 
 
 def norm(config: "ModelConfig", channels: int, dimensions: int) -> nn.Module:
