@@ -58,9 +58,16 @@ def as_batches(data: Any) -> Iterable[Any]:
         raise TwofoldError(ONE_SHOT.format(came=f"a one-shot {type(data).__name__}"))
     if isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset):
         _refuse_shuffling(data)
-    if isinstance(data, Sequence) and len(data) == 0:
+    if _length(data) == 0:
         raise TwofoldError(EMPTY_DATA.format(came=describe(data)))
     return data
+
+
+def _length(data: Any) -> int | None:
+    try:
+        return len(data)
+    except TypeError:
+        return None
 
 
 def _refuse_shuffling(loader: DataLoader) -> None:

@@ -286,3 +286,51 @@ def test_a_model_that_returns_its_parameters_is_fine():
     torch.testing.assert_close(c.hessian.to_dense(), A)
     torch.testing.assert_close(c.gauss_newton.to_dense(), A)
     assert not c.nme.to_dense().any()
+
+
+class Embedded(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.table, self.head = nn.Embedding(5, 4, **options), nn.Linear(4, 3)
+
+    def forward(self, tokens):
+        return self.head(torch.tanh(self.table(tokens).mean(1)))
+
+
+@pytest.mark.parametrize("options", [{"sparse": True}, {"scale_grad_by_freq": True}, {"padding_idx": 0}])
+def test_embedding_options_do_not_change_the_curvature(options):
+    plain, optional = Embedded(), Embedded(**options)
+    optional.load_state_dict(plain.state_dict())
+    tokens, y = torch.randint(1, 5, (6, 3)), torch.randint(3, (6,))
+    expected = twofold.Hessian(plain, F.cross_entropy, (tokens, y)).to_dense()
+    torch.testing.assert_close(twofold.Hessian(optional, F.cross_entropy, (tokens, y)).to_dense(), expected)
+
+
+def test_an_embedding_with_max_norm_is_not_renormalised_by_measuring():
+    model, tokens, y = Embedded(max_norm=0.5), torch.randint(5, (6, 3)), torch.randint(3, (6,))
+    before = model.table.weight.detach().clone()
+    hessian = twofold.Hessian(model, F.cross_entropy, (tokens, y)).to_dense()
+    assert torch.equal(model.table.weight, before)
+    model(tokens)
+    assert not torch.equal(model.table.weight, before)
+    torch.testing.assert_close(twofold.Hessian(model, F.cross_entropy, (tokens, y)).to_dense(), hessian)
+
+
+def test_outputs_that_a_loss_cannot_take_are_told():
+    class Dictionary(nn.Linear):
+        def forward(self, x):
+            return {"scores": super().forward(x)}
+
+    with pytest.raises(TwofoldError, match=r"scores.*forward="):
+        twofold.Curvature(Dictionary(4, 3), F.cross_entropy, (torch.randn(2, 4), torch.tensor([0, 1]))).gradient()
+
+
+def test_a_loss_without_a_second_derivative_is_refused_by_name():
+    def loss_fn(z, y):
+        lengths = torch.tensor([len(z)]), torch.tensor([len(y)])
+        return F.ctc_loss(z.log_softmax(1)[:, None], y[None], *lengths)
+
+    case = classification(nn.Linear(4, 3), loss_fn=loss_fn)
+    c = twofold.Curvature(case.model, loss_fn, (case.batches[0][0], torch.tensor([1, 2])))
+    with pytest.raises(TwofoldError, match="ctc_loss"):
+        c.gauss_newton.to_dense()

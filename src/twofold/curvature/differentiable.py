@@ -137,7 +137,9 @@ def buffers_replaced(model: nn.Module) -> None:
     copies: dict[int, Tensor] = {}
 
     def copy(tensor: Tensor) -> Tensor:
-        return copies.setdefault(id(tensor), tensor.detach().clone())
+        if id(tensor) not in copies:
+            copies[id(tensor)] = tensor.detach().clone()
+        return copies[id(tensor)]
 
     for module in model.modules():
         for name, buffer in module._buffers.items():
@@ -149,36 +151,43 @@ def buffers_replaced(model: nn.Module) -> None:
 
 
 @contextmanager
-def borrowed(model: nn.Module, aliases: Mapping[str, Tensor], mode: Mode = None) -> Iterator[nn.Module]:
+def borrowed(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], mode: Mode = None
+) -> Iterator[dict[str, Tensor]]:
     """Lend the model with aliases in the places of its parameters and copies in the places of its buffers.
 
     Args:
         model: a plain module (see `unwrap`).
-        aliases: a tensor for each chosen parameter, by its first name; all other parameters are constants in the pass.
+        parameters: the chosen ones; all others are constants in the passes inside.
         mode: "train" or "eval" for the passes inside; None leaves each module's own.
-    """
-    chosen = {id(parameter): aliases.get(name) for name, parameter in model.named_parameters()}
-    constants: dict[int, Tensor] = {}
 
-    def stand_in(parameter: Tensor) -> Tensor:
-        alias = chosen.get(id(parameter))
-        return alias if alias is not None else constants.setdefault(id(parameter), parameter.detach())
+    Yields:
+        The chosen parameters' aliases by name: leaves of the graphs that are recorded inside.
+    """
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    # An embedding with max_norm writes into its weight as it runs.
+    writes = any(embedding.max_norm is not None for embedding in embeddings)
+    every = {id(parameter): parameter for parameter in model.parameters()}
+    stand_ins = {key: parameter.detach().clone() if writes else parameter.detach() for key, parameter in every.items()}
+    aliases = {name: stand_ins[id(parameter)].requires_grad_() for name, parameter in parameters.items()}
 
     with module_state_kept(model), random_state_kept(), full_precision():
         for module in model.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
-                    module._parameters[name] = stand_in(parameter)  # pyrefly: ignore
+                    module._parameters[name] = stand_ins[id(parameter)]  # pyrefly: ignore
             for name, value in module.__dict__.items():
-                if isinstance(value, nn.Parameter) and id(value) in chosen:
-                    module.__dict__[name] = stand_in(value)
-                elif isinstance(value, list) and any(id(item) in chosen for item in value):
-                    value[:] = [stand_in(item) if id(item) in chosen else item for item in value]
-        buffers_replaced(model)
-        if mode is not None:
-            for module in model.modules():
+                if id(value) in every:
+                    module.__dict__[name] = stand_ins[id(value)]
+                elif isinstance(value, list) and any(id(item) in every for item in value):
+                    value[:] = [stand_ins.get(id(item), item) for item in value]
+            if mode is not None:
                 module.training = mode == "train"
-        yield model
+        for embedding in embeddings:
+            # Both change gradients into something else than derivatives, or into what cannot be differentiated again.
+            embedding.sparse = embedding.scale_grad_by_freq = False
+        buffers_replaced(model)
+        yield aliases
 
 
 @contextmanager

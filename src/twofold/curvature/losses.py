@@ -39,7 +39,10 @@ class Loss:
 
     Attributes:
         averages: True when the loss is a mean over its terms, False when it is a sum.
+        tensors_only: True for torch's own losses, which take one tensor of outputs.
     """
+
+    tensors_only = False
 
     def __init__(self, loss_fn: LossFn, weight: Weight | None = None, *, averages: bool = True) -> None:
         self.loss_fn = loss_fn
@@ -52,6 +55,11 @@ class Loss:
         Raises:
             TwofoldError: when it is anything else.
         """
+        if self.tensors_only and not isinstance(outputs, Tensor):
+            raise TwofoldError(
+                f"{describe_loss(self.loss_fn)} takes one tensor; the model's outputs are {describe(outputs)}. "
+                "Pass forward=f with f(model, batch) -> (outputs, targets) that picks it."
+            )
         value = self.loss_fn(outputs, targets)
         if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
             raise TwofoldError(NOT_SCALAR.format(came=describe(value)))
@@ -112,6 +120,8 @@ class Loss:
 
 class CrossEntropy(Loss):
     """torch's cross_entropy with all its options: class weights, ignore_index, smoothing, soft targets, any rank."""
+
+    tensors_only = True
 
     def __init__(self, loss_fn: LossFn, weight: Weight | None, *, averages: bool, options: dict[str, Any]) -> None:
         super().__init__(loss_fn, weight, averages=averages)
@@ -178,6 +188,8 @@ class CrossEntropy(Loss):
 
 class Elementwise(Loss):
     """A mean or sum of one term per output entry; subclasses add H_z, which is diagonal."""
+
+    tensors_only = True
 
     def __init__(self, loss_fn: LossFn, weight: Weight | None, *, averages: bool, options: dict[str, Any]) -> None:
         super().__init__(loss_fn, weight, averages=averages)
@@ -247,6 +259,8 @@ class MSE(Elementwise):
 
 class _Counted(Loss):
     """One of torch's other losses: differentiated like any callable, counted by its own rule."""
+
+    tensors_only = True
 
     def __init__(self, loss_fn: LossFn, weight: Weight | None, *, averages: bool, terms: Weight) -> None:
         super().__init__(loss_fn, weight, averages=averages)

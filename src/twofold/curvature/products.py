@@ -158,11 +158,10 @@ class Products:
             self._kept.clear()
 
     def _record(self, index: int, batch: Any) -> Recording:
-        aliases = {name: parameter.detach().requires_grad_() for name, parameter in self.parameters.items()}
-        with borrowed(self.model, aliases, self._mode) as model:
+        with borrowed(self.model, self.parameters, self._mode) as aliases:
             self._random_states[index].restore()
-            with differentiable_twice(model):
-                outputs, targets = run_forward(self._forward, model, to_device(batch, self.layout.device))
+            with differentiable_twice(self.model):
+                outputs, targets = run_forward(self._forward, self.model, to_device(batch, self.layout.device))
             if len(self._random_states) == index + 1:
                 after = RandomState()
                 same = after == self._random_states[index]

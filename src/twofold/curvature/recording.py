@@ -73,8 +73,8 @@ class Recording:
         if not self.outputs:
             raise TwofoldError(f"The model's outputs hold no floating-point tensor: {type(outputs).__name__}.")
         leaves, detached = detached_leaves(outputs)
-        self.count = loss.count(detached, targets)
         value = loss(detached, targets)
+        self.count = loss.count(detached, targets)
         _check_loss_graph(value, leaves, parameters)
         self.value = value.detach()
         self.output_gradient = [torch.zeros_like(leaf) for leaf in leaves]
@@ -110,20 +110,22 @@ class Recording:
         """The gradient of the loss, J' dl/dz, in the parameters' shapes."""
         return self.vjp(self.output_gradient)
 
+    @refusals_named()
     def vjp(self, cotangents: Sequence[Tensor]) -> list[Tensor]:
         """Return J'u for one u per differentiable output tensor."""
         pairs = [(z, u) for z, u in zip(self.outputs, cotangents, strict=True) if z.requires_grad]
         if not pairs:
             return [torch.zeros_like(p) for p in self.parameters]
         attached, u = zip(*pairs, strict=True)
-        with refusals_named():
-            return list(torch.autograd.grad(attached, self.parameters, u, retain_graph=True, materialize_grads=True))
+        return list(torch.autograd.grad(attached, self.parameters, u, retain_graph=True, materialize_grads=True))
 
+    @refusals_named()
     def jvp(self, vector: Sequence[Tensor]) -> list[Tensor]:
         """Return J v, one tensor per differentiable output tensor."""
         _, u, _ = self._reverse
         return self._fill(self._through_w(vector, u, gate_open=False))
 
+    @refusals_named()
     def products(self, vector: Sequence[Tensor], parts: Sequence[Matrix]) -> list[list[Tensor]]:
         """Return the named matrices times v, sharing passes.
 
@@ -156,8 +158,7 @@ class Recording:
         curved, v = zip(*pairs, strict=True)
         self._gate.open = gate_open
         try:
-            with refusals_named():
-                return list(torch.autograd.grad(curved, inputs, v, retain_graph=True, materialize_grads=True))
+            return list(torch.autograd.grad(curved, inputs, v, retain_graph=True, materialize_grads=True))
         finally:
             self._gate.open = False
 
