@@ -69,12 +69,6 @@ class Verdict:
         numbers = {name: _rounded(getattr(self, name)) for name in ("effect", "low", "high")}
         return {**asdict(self), **numbers}
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Verdict:
-        """Back from `to_dict`'s form."""
-        numbers = {name: math.nan if values[name] is None else values[name] for name in ("effect", "low", "high")}
-        return cls(**{**values, **numbers})
-
 
 def confidence_interval(values: Iterable[float]) -> Interval:
     """The mean of `values` and its two-sided 95 % Student-t interval.

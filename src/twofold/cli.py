@@ -1,0 +1,393 @@
+"""The command line: twofold train | sweep | reproduce | report | measure | data.
+
+The only place that prints. Results go to stdout, progress and errors to stderr.
+"""
+
+import os
+import shlex
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+
+import twofold
+from twofold.errors import TwofoldError, TwofoldWarning
+
+try:
+    import tyro
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.table import Table
+    from tyro.conf import Positional, arg
+except ImportError as error:
+    print(f"twofold: the command line needs the lab extra ({error}): pip install 'twofold[lab]'", file=sys.stderr)
+    raise SystemExit(2) from error
+
+if TYPE_CHECKING:
+    from twofold.lab.config import RunConfig
+    from twofold.lab.figures.verdicts import Verdict
+    from twofold.lab.sweep import SweepResult
+    from twofold.types import Matrix
+
+T = TypeVar("T")
+
+Recipe = Annotated[Positional[str], arg(metavar="RECIPE", help_behavior_hint="(required)")]
+DataDir = Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: $TWOFOLD_DATA or ./data)")]
+Out = Annotated[Path, arg(metavar="DIR")]
+Workers = Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: one a core)")]
+
+DESCRIPTION = """Measure and regularise both halves of the Hessian, H = GN + NME.
+
+--version prints the version; --debug, with any command, shows the traceback of an error."""
+
+_SECONDS_BETWEEN_LINES = 10
+_COLOURS = {"shows": "green", "does not show": "bright_black", "opposite": "red", "undecided": "yellow"}
+_SYMBOLS: "dict[Matrix, str]" = {"hessian": "H", "gauss_newton": "GN", "nme": "NME"}
+_python_format_warning = warnings.formatwarning
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, 2 for an error, 130 for Ctrl-C."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    given = [argument for argument in given if argument != "--debug"]
+    if given == ["--version"]:
+        print(f"twofold {twofold.__version__}")
+        return 0
+    warnings.formatwarning = _format_warning
+    commands = {f.__name__: f for f in (train, sweep, reproduce, report, measure, data)}
+    try:
+        result = tyro.extras.subcommand_cli_from_dict(
+            commands, prog="twofold", description=DESCRIPTION, args=given or ["--help"]
+        )
+        return result or 0
+    except KeyboardInterrupt:
+        print("twofold: interrupted; finished runs are kept, the same command goes on.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has left, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        elif isinstance(error, TwofoldError | OSError):
+            print(f"twofold: {error}", file=sys.stderr)
+        else:
+            print(f"twofold: {type(error).__name__}: {error} (--debug shows where)", file=sys.stderr)
+        return 2
+
+
+def train(
+    recipe: Recipe,
+    /,
+    *,
+    activation: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: the recipe's)")] = None,
+    regularizer: Annotated[str, arg(metavar="NAME")] = "none",
+    strength: Annotated[float, arg(metavar="X")] = 0.0,
+    epochs: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: the recipe's)")] = None,
+    seed: Annotated[int, arg(metavar="N")] = 100,
+    out: Out = Path("results"),
+    data_dir: DataDir = None,
+) -> None:
+    """Train one model.
+
+    Args:
+        recipe: mnist1d or fashion-mnist.
+        activation: gelu, relu, beta_gelu, ...
+        regularizer: none, sam, gradient_penalty, ...
+        strength: rho, sigma or the factor of a trace.
+        epochs: passes over the training examples.
+        seed: of initialisation, order and noise.
+        out: the run goes to DIR/runs/<id>.
+        data_dir: where data files lie.
+    """
+    from twofold.lab.config import RegularizerConfig
+    from twofold.lab.data import load
+    from twofold.lab.runs import RunDirectory, prepare_output
+    from twofold.lab.training import train as train_run
+
+    config = replace(_recipe(recipe), regularizer=RegularizerConfig(regularizer, strength), seed=seed)
+    if activation is not None:
+        config = replace(config, model=replace(config.model, activation=activation))
+    if epochs is not None:
+        config = replace(config, epochs=epochs)
+    load(config.data, _data_dir(data_dir))
+    prepare_output(out)
+    directory = RunDirectory(out, config)
+    print(config.label())
+
+    def tell(row: dict[str, float]) -> None:
+        accuracies = "  ".join(f"{split} {row[f'{split}/accuracy']:.1%}" for split in ("train", "validation", "test"))
+        print(f"epoch {row['epoch']:3.0f}  loss {row['train/loss']:.4f}  {accuracies}", flush=True)
+
+    reused = directory.result() is not None
+    metrics = train_run(config, data_dir=_data_dir(data_dir), directory=directory, progress=tell)
+    if reused:
+        tell(metrics.iloc[-1].to_dict())
+    print(f"{'already there' if reused else 'done'}: {directory.path}")
+
+
+def sweep(
+    recipe: Recipe,
+    /,
+    *,
+    activations: Annotated[tuple[str, ...], arg(metavar="NAME ...", help_behavior_hint="(default: the recipe's)")] = (),
+    regularizers: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = ("sam",),
+    strengths: Annotated[tuple[float, ...], arg(metavar="X ...")] = (0.05, 0.1, 0.2),
+    seeds: Annotated[tuple[int, ...], arg(metavar="N ...")] = (100, 101, 102),
+    out: Out = Path("results"),
+    data_dir: DataDir = None,
+    workers: Workers = None,
+) -> int:
+    """Train every combination of the lists given.
+
+    Args:
+        recipe: mnist1d or fashion-mnist.
+        activations: gelu, relu, beta_gelu, ...
+        regularizers: none, sam, gradient_penalty, ...
+        strengths: for every regularizer but none.
+        seeds: shared by all combinations.
+        out: the runs go to DIR/runs/<id>.
+        data_dir: where data files lie.
+        workers: processes.
+    """
+    from twofold.lab.config import RegularizerConfig
+    from twofold.lab.runs import load_table, run_id
+    from twofold.lab.sweep import sweep as sweep_runs
+
+    base = _recipe(recipe)
+    chosen = [RegularizerConfig(n, s) for n in regularizers for s in (strengths if n != "none" else (0.0,))]
+    configs = [
+        replace(base, model=replace(base.model, activation=activation), regularizer=regularizer, seed=seed)
+        for activation in activations or (base.model.activation,)
+        for regularizer in chosen
+        for seed in seeds
+    ]
+    if not configs:
+        raise TwofoldError("There is nothing to run: --regularizers, --strengths and --seeds need a value each.")
+    with _progress() as progress:
+        result = sweep_runs(configs, out, workers=workers, data_dir=_data_dir(data_dir), progress=progress)
+    keys = ["model.activation", "regularizer.name", "regularizer.strength"]
+    runs = load_table(out, list(dict.fromkeys(map(run_id, configs))))
+    table = Table(title="Accuracy in percent, mean ± standard deviation over seeds", title_justify="left")
+    for name in ("activation", "regularizer", "strength", "seeds", "diverged", "train", "validation", "test"):
+        table.add_column(name, justify="left" if name in ("activation", "regularizer") else "right")
+    for (activation, name, strength), group in runs.groupby(keys, sort=False):
+        accuracies = []
+        for split in ("train", "validation", "test"):
+            percent = 100 * group[f"{split}/accuracy"] if f"{split}/accuracy" in group else group["seed"] * float("nan")
+            accuracies.append(f"{percent.mean():.1f} ± {percent.std():.1f}")
+        diverged = int((group["status"] == "diverged").sum())
+        table.add_row(activation, name, f"{strength:g}", str(len(group)), str(diverged), *accuracies)
+    Console().print(table)
+    return _tell_runs(result, out)
+
+
+def reproduce(
+    figures: Annotated[
+        Positional[tuple[str, ...]], arg(metavar="[FIGURE ...]", help_behavior_hint="(default: all)")
+    ] = (),
+    /,
+    *,
+    scale: Literal["smoke", "quick", "cpu", "paper"] = "quick",
+    data: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: the scale's)")] = None,
+    data_dir: DataDir = None,
+    out: Out = Path("reproduction"),
+    workers: Workers = None,
+) -> int:
+    """Reproduce figures of the paper: runs, verdicts, and one page.
+
+    Args:
+        figures: their numbers.
+        scale: smoke: under a minute; quick: minutes; cpu: hours; paper: GPU days.
+        data: mnist1d or fashion-mnist.
+        data_dir: where data files lie.
+        out: where everything goes; finished runs there are reused.
+        workers: processes.
+    """
+    from twofold.lab.report import plan
+    from twofold.lab.report import reproduce as run_reproduction
+
+    command = shlex.join(["twofold", *(argument for argument in sys.argv[1:] if argument != "--debug")])
+    reproduction = plan(figures, scale, data, command)
+    with _progress() as progress:
+        result, runs = run_reproduction(
+            reproduction, out, workers=workers, data_dir=_data_dir(data_dir), progress=progress
+        )
+    Console().print(_verdict_table(result.verdicts))
+    print(f"page: {result.page}")
+    return _tell_runs(runs, out)
+
+
+def report(directory: Annotated[Positional[Path], arg(metavar="DIR")], /) -> None:
+    """Write the page of a reproduction anew.
+
+    Args:
+        directory: what `twofold reproduce --out` named.
+    """
+    from twofold.lab.report import write_report
+
+    result = write_report(directory)
+    Console().print(_verdict_table(result.verdicts))
+    print(f"page: {result.page}")
+
+
+def measure(
+    directory: Annotated[Positional[Path], arg(metavar="DIR")],
+    /,
+    *,
+    num_matvecs: Annotated[int, arg(metavar="N")] = 64,
+    num_examples: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: all)")] = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Measure H, GN and NME of a trained model: traces and norms.
+
+    Args:
+        directory: a run's directory, .../runs/<id>.
+        num_matvecs: random probes; the error falls with their root.
+        num_examples: how many training examples, from the first on.
+        data_dir: where data files lie.
+    """
+    import torch.nn.functional as F
+
+    from twofold.lab.data import load
+    from twofold.lab.runs import load_model
+
+    if num_examples is not None and num_examples < 1:
+        raise TwofoldError(f"--num-examples is {num_examples}; expected at least 1.")
+    model, config = load_model(directory)
+    train_set = load(config.data, _data_dir(data_dir)).train
+    inputs, targets = (tensor[:num_examples] for tensor in train_set)
+    batches = list(zip(inputs.split(1000), targets.split(1000), strict=True))
+    curvature = twofold.Curvature(model, F.cross_entropy, batches, mode="eval")
+    traces, norms = curvature.traces(num_matvecs), curvature.frobenius(num_matvecs)
+
+    table = Table(title=escape(config.label()), title_justify="left")
+    for name in ("", "trace", "±", "Frobenius norm", "±"):
+        table.add_column(name, justify="right" if name else "left")
+    for matrix, symbol in _SYMBOLS.items():
+        estimates = (traces[matrix], norms[matrix])
+        table.add_row(symbol, *(f"{value:.4g}" for e in estimates for value in (e.value, e.stderr)))
+    console = Console()
+    console.print(table)
+    console.print(
+        f"Cross-entropy over {len(targets)} of {len(train_set.targets)} training examples (labels as trained on), "
+        "model in eval mode, all parameters, float32 without autocast. "
+        f"Hutchinson with {num_matvecs} Rademacher probes, the same for all three; ± is one standard error.",
+        highlight=False,
+    )
+
+
+def data(
+    action: Positional[Literal["list", "fetch"]],
+    names: Annotated[Positional[tuple[str, ...]], arg(metavar="NAME ...", help_behavior_hint="(default: all)")] = (),
+    /,
+    *,
+    data_dir: DataDir = None,
+) -> None:
+    """List the data sets, or fetch some.
+
+    Args:
+        action: list says what is there; fetch downloads and checks.
+        names: data sets.
+        data_dir: where data files lie.
+    """
+    from twofold.lab.data import DATA_SETS, fetch
+
+    place = _data_dir(data_dir)
+    chosen = {name: _choose("data set", name, DATA_SETS) for name in names or DATA_SETS}
+    for name, load_source in chosen.items():
+        if action == "fetch":
+            fetch(name, place)
+        try:
+            source = load_source(place)
+            print(f"{name}: ready, {len(source.train.targets)} training and {len(source.test.targets)} test examples")
+        except TwofoldError as error:
+            print(f"{name}: {error}")
+
+
+def _recipe(name: str) -> "RunConfig":
+    from twofold.lab.config import fashion_mnist, mnist1d
+
+    return _choose("recipe", name, {"mnist1d": mnist1d, "fashion-mnist": fashion_mnist})()
+
+
+def _choose(kind: str, name: str, known: Mapping[str, T]) -> T:
+    if name not in known:
+        raise TwofoldError(f"There is no {kind} {name!r}; known: {', '.join(known)}.")
+    return known[name]
+
+
+def _data_dir(given: Path | None) -> Path:
+    return given or Path(os.environ.get("TWOFOLD_DATA") or "data")
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int, float | None], None]]:
+    """What tells a sweep's progress: a bar on a terminal, else a line now and then."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _lines_of_progress()
+        return
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("runs"),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total, left: bar.update(task, completed=done, total=total, description=_time_left(left))
+
+
+def _lines_of_progress() -> Callable[[int, int, float | None], None]:
+    last = -float(_SECONDS_BETWEEN_LINES)
+
+    def tell(done: int, total: int, left: float | None) -> None:
+        nonlocal last
+        if done == total or time.monotonic() - last >= _SECONDS_BETWEEN_LINES:
+            last = time.monotonic()
+            print(f"{done}/{total} runs {_time_left(left)}".rstrip(), file=sys.stderr, flush=True)
+
+    return tell
+
+
+def _time_left(seconds: float | None) -> str:
+    if not seconds:
+        return ""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"about {minutes} min {seconds:02d} s left" if minutes else f"about {seconds} s left"
+
+
+def _verdict_table(verdicts: "Sequence[Verdict]") -> Table:
+    table = Table(title="Effects in points of accuracy, positive in the direction of the claim", title_justify="left")
+    for name, justify in (("finding", "left"), ("effect [95 % interval]", "right"), ("verdict", "left")):
+        table.add_column(name, justify=justify)
+    for name in ("seeds", "div."):
+        table.add_column(name, justify="right")
+    for v in verdicts:
+        effect = f"{v.effect:+.1f} [{v.low:+.1f}, {v.high:+.1f}]"
+        verdict = f"[{_COLOURS[v.verdict]}]{v.verdict}[/]"
+        table.add_row(escape(f"{v.finding} ({v.data})"), escape(effect), verdict, str(v.seeds), str(v.diverged))
+    return table
+
+
+def _tell_runs(result: "SweepResult", out: Path) -> int:
+    computed = len(result.finished) + len(result.diverged) - result.reused
+    print(f"runs: {computed} computed, {result.reused} reused, {len(result.diverged)} diverged, in {out / 'runs'}")
+    for name, error in result.failed.items():
+        print(f"twofold: run {name} failed: {error}", file=sys.stderr)
+    return 1 if result.failed else 0
+
+
+def _format_warning(message: Warning | str, category: type[Warning], *place, **line) -> str:
+    if issubclass(category, TwofoldWarning):
+        return f"twofold: warning: {message}\n"
+    return _python_format_warning(message, category, *place, **line)

@@ -1,0 +1,198 @@
+"""A reproduction: which figures at which scale, the runs behind them, and the files that it leaves.
+
+report.html                       everything, on one page
+verdicts.json                     one object for each finding and data set
+figures/figure-<n>.svg|png|csv    the same, byte for byte, on every rerun
+reproduction.json                 what was asked for and which runs answer it; `write_report` starts from here
+runs/<id>/                        the runs themselves
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from twofold.errors import TwofoldError
+from twofold.lab.config import RunConfig
+from twofold.lab.figures import Figure, find_figure, select_figures, style
+from twofold.lab.figures.scales import find_scale
+from twofold.lab.figures.verdicts import Verdict
+from twofold.lab.report.page import FigureOnPage, render_page
+from twofold.lab.runs import load_runs, load_table, prepare_output, run_id
+from twofold.lab.sweep import Progress, SweepResult, sweep
+
+RECORD, VERDICTS, PAGE, FIGURES = "reproduction.json", "verdicts.json", "report.html", "figures"
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """What is to be reproduced.
+
+    Attributes:
+        figures: their numbers.
+        scale: the scale's name.
+        data: names of the data sets.
+        command: the command line that asks for it, for the page.
+    """
+
+    figures: tuple[int, ...]
+    scale: str
+    data: tuple[str, ...]
+    command: str
+
+    def configs(self, number: int) -> list[RunConfig]:
+        """The runs of one figure, over all data sets."""
+        figure, scale = find_figure(number), find_scale(self.scale)
+        return [config for data in self.data for config in figure.runs(scale, data)]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a reproduction says.
+
+    Attributes:
+        verdicts: in the order of the figures.
+        page: the HTML page.
+    """
+
+    verdicts: list[Verdict]
+    page: Path
+
+
+def plan(
+    figures: Sequence[int | str] = (), scale: str = "quick", data: str | None = None, command: str = ""
+) -> Reproduction:
+    """Check what is asked for before anything runs.
+
+    Args:
+        figures: numbers of figures; none means all.
+        scale: "smoke", "quick", "cpu" or "paper".
+        data: one data set; None takes those of the scale.
+        command: the command line that asks for it.
+
+    Raises:
+        TwofoldError: an unknown figure or scale, a data set that the scale does not run, or a GPU that is not there.
+    """
+    chosen = find_scale(scale)
+    names = chosen.default_data if data is None else (data,)
+    reproduction = Reproduction(
+        tuple(figure.number for figure in select_figures(tuple(figures))), scale, names, command
+    )
+    devices = {config.device for number in reproduction.figures for config in reproduction.configs(number)}
+    if any(device.startswith("cuda") for device in devices) and not torch.cuda.is_available():
+        raise TwofoldError(
+            f"Scale {scale!r} needs a CUDA GPU, and torch sees none here. Take scale smoke, quick or cpu."
+        )
+    return reproduction
+
+
+def reproduce(
+    reproduction: Reproduction,
+    out: Path,
+    *,
+    workers: int | None = None,
+    data_dir: Path | None = None,
+    progress: Progress | None = None,
+) -> tuple[Report, SweepResult]:
+    """Compute the runs that `out` does not hold yet, then write the report; return it and what became of the runs.
+
+    Args:
+        reproduction: from `plan`.
+        out: the output directory.
+        workers: processes; None takes one for each core.
+        data_dir: where data files lie.
+        progress: called with (runs done, total, seconds left or None).
+
+    Raises:
+        TwofoldError: before any run: `out` cannot be written to, or data cannot be had.
+    """
+    prepare_output(out)
+    configs = {number: reproduction.configs(number) for number in reproduction.figures}
+    needed = [config for of_figure in configs.values() for config in of_figure]
+    result = sweep(needed, out, workers=workers, data_dir=data_dir, progress=progress)
+    record = {
+        "command": reproduction.command,
+        "scale": reproduction.scale,
+        "data": list(reproduction.data),
+        "figures": {str(number): [run_id(config) for config in of_figure] for number, of_figure in configs.items()},
+    }
+    _write(Path(out) / RECORD, _json(record))
+    return write_report(out), result
+
+
+def write_report(out: Path) -> Report:
+    """Write figures, verdicts and page anew from the runs of a reproduction.
+
+    Args:
+        out: the output directory of `reproduce`.
+
+    Raises:
+        TwofoldError: `out` holds no reproduction, or a run of it is missing or damaged.
+    """
+    out = Path(out)
+    record = _read_record(out / RECORD)
+    scale = find_scale(record["scale"])
+    verdicts, figures = [], []
+    for number, ids in record["figures"].items():
+        figure = find_figure(number)
+        table = load_table(out, ids)
+        verdicts += figure.verdicts(table, scale)
+        figures.append(_write_figure(figure, table, out))
+    runs = load_runs(out, list(dict.fromkeys(name for ids in record["figures"].values() for name in ids)))
+    _write(out / VERDICTS, _json([verdict.to_dict() for verdict in verdicts]))
+    page = render_page(
+        scale=scale, data=record["data"], command=record["command"], verdicts=verdicts, figures=figures, runs=runs
+    )
+    _write(out / PAGE, page.encode())
+    return Report(verdicts, out / PAGE)
+
+
+def _write_figure(figure: Figure, table: pd.DataFrame, out: Path) -> FigureOnPage:
+    numbers = figure.numbers(table)
+    with style.applied():
+        wide, narrow = figure.draw(table, 3), figure.draw(table, 1)
+        svg, png = style.to_svg(wide), style.to_png(wide)
+        narrow_svg = style.to_svg(narrow)
+    csv = numbers.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode()
+    for ending, content in (("svg", svg), ("png", png), ("csv", csv)):
+        _write(out / FIGURES / f"{figure.stem}.{ending}", content)
+    return FigureOnPage(figure, numbers, svg.decode(), narrow_svg.decode(), csv)
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    again = f"`twofold reproduce --out {path.parent}` makes one; finished runs are kept."
+    if not path.exists():
+        raise TwofoldError(f"{path.parent} holds no reproduction (no {path.name}). {again}")
+    try:
+        record = json.loads(path.read_text())
+        shapes = {"command": str, "scale": str, "data": list, "figures": dict}
+        wrong = [name for name, kind in shapes.items() if not isinstance(record[name], kind)]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TwofoldError(f"{path} is damaged ({error!r}). {again}") from error
+    if wrong:
+        raise TwofoldError(f"{path} is damaged (at {', '.join(wrong)}). {again}")
+    return record
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write beside the place and rename into it, so that a reader sees the whole file or none."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError as error:
+        raise TwofoldError(f"{path} cannot be written: {error.strerror or error}.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
