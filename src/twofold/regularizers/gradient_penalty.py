@@ -65,7 +65,7 @@ class GradientPenalty(Regularizer):
         check_choice("method", self.method, ("exact", "finite_difference"))
         check_strength("radius", self.radius)
         if self.radius == 0:
-            raise TwofoldError("radius must be positive; 0 came.")
+            raise TwofoldError(f"radius must be positive; {self.radius!r} came.")
         if self.method == "finite_difference" and self.curvature != "hessian":
             raise TwofoldError(
                 f'method="finite_difference" sees the whole Hessian only; curvature={self.curvature!r} needs '
