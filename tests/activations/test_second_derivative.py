@@ -133,6 +133,10 @@ def test_nesting_inner_wins_for_what_it_names():
     native = second(F.tanhshrink(x), x)
     with second_derivative(2, of="tanh"), second_derivative(3, of="gelu"):
         assert torch.equal(second(F.tanhshrink(x), x), native)  # its inner tanh is not a tanh that was named
+    weight = torch.tensor([0.1])
+    x = x.detach().view(1).requires_grad_()
+    with second_derivative(2), second_derivative(3):
+        assert second(F.prelu(x, weight), x).item() == 3
 
 
 def test_it_is_reusable_reentrant_and_a_decorator():
@@ -181,6 +185,20 @@ def test_the_swap_is_bound_in_the_forward_pass():
     torch.testing.assert_close(fourth, NATIVE["tanh"][1](x).detach())
 
 
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+@pytest.mark.parametrize("phi", [F.relu, F.mish])
+def test_backward_within_the_context_does_not_swap_the_pieces_of_f(phi):
+    x = torch.randn(4, requires_grad=True)
+    with second_derivative(torch.tanh):
+        y = phi(x)
+        torch.autograd.backward(y.sum(), inputs=x, create_graph=True)
+        for _ in range(3):
+            derivative, x.grad = x.grad, None
+            torch.autograd.backward(derivative.sum(), inputs=x, create_graph=True)
+    torch.testing.assert_close(x.grad, NATIVE["tanh"][1](x))
+    x.grad = None
+
+
 def test_threads():
     x = torch.tensor(0.3, requires_grad=True)
     found = {}
@@ -204,7 +222,7 @@ def test_threads():
         run("shared", same_object)
         mode = torch.overrides._get_current_function_mode()
 
-        def carried_there():  # as autograd does for backward passes on a GPU
+        def carried_there():
             with mode:
                 return second(F.gelu(x), x).item()
 

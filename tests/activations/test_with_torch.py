@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from activations.derivatives import dense_hessian, flat_grad, second
 from twofold.activations import gaussian, second_derivative
+from twofold.activations.functions import Call, activation, autocast_of
 from twofold.activations.second_derivative import active_second_derivatives
 from twofold.errors import TwofoldError
 
@@ -138,6 +139,24 @@ def test_autocast(backward_within):
     assert all(torch.equal(a, b) for a, b in zip(gradient, native_gradient, strict=True))
     products = torch.autograd.grad(sum(g.sum() for g in gradient), parameters)
     assert all(p.isfinite().all() and p.dtype == torch.float32 for p in products)
+
+
+def test_slope_is_cast_as_the_value_was():
+    def phi(x):  # elementwise by an operation that autocast casts
+        return torch.tanh(x.unsqueeze(-1) @ torch.full((1, 1), 1.3, dtype=x.dtype)).squeeze(-1)
+
+    x = torch.randn(5, dtype=torch.float32, requires_grad=True)
+    call = lambda: Call(phi, (), {}, False, torch.cos, None, autocast_of(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        cast, cast_native = activation(x, call()), phi(x)
+    plain, plain_native = activation(x, call()), phi(x)
+    for ours, native in ((cast, cast_native), (plain, plain_native)):
+        assert torch.equal(ours, native)
+        (theirs,) = torch.autograd.grad(native.sum(), x, retain_graph=True)
+        assert torch.equal(torch.autograd.grad(ours.sum(), x, retain_graph=True)[0], theirs)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(torch.autograd.grad(ours.sum(), x)[0], theirs)
+    assert cast.dtype == torch.bfloat16
 
 
 def test_compiled_models_run_eagerly_within():

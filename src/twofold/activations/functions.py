@@ -5,7 +5,8 @@
 
 Values and first derivatives come from torch's own operation and its own backward; only the derivative of the slope is
 new. All further derivatives are those that autograd finds for f. What the functions need they carry with them, since
-backward passes run in other threads and after the context that made them.
+backward passes run in other threads and after the context that made them. torch takes overrides off during a backward
+pass, so a context that is active then swaps neither f's own pieces nor the operation asked for its backward.
 """
 
 import inspect
@@ -45,16 +46,14 @@ class Call:
     def slope(self, g: Tensor, x: Tensor, create_graph: bool) -> Tensor:
         """Return g phi'(x) by torch's own backward of the operation: some take another one under create_graph."""
         if self.backward is not None and g.dtype == x.dtype:
-            with _plain_torch():
-                return self.backward(g, x, **{key: value for key, value in self.kwargs.items() if key != "inplace"})
-        with _plain_torch(), _cast_by(self.autocast, x), torch.enable_grad():
+            return self.backward(g, x, **{key: value for key, value in self.kwargs.items() if key != "inplace"})
+        with _cast_by(self.autocast, x), torch.enable_grad():
             x = x.detach().requires_grad_()
             return torch.autograd.grad(self.value(x), x, g, create_graph=create_graph)[0].detach()
 
     def curvature(self, x: Tensor) -> Tensor:
         """Return f(x), differentiable in x."""
-        with _plain_torch():
-            result = self.f(x)
+        result = self.f(x)
         if not isinstance(result, Tensor) or result.shape != x.shape:
             came = f"a tensor of shape {list(result.shape)}" if isinstance(result, Tensor) else repr(result)
             raise TwofoldError(
@@ -175,11 +174,6 @@ def _keep(ctx: Any, *tensors: Tensor) -> None:
 
 def _kept(ctx: Any) -> tuple[Tensor, ...]:
     return ctx.saved_tensors if ctx.beside_hooks is None else ctx.beside_hooks
-
-
-def _plain_torch() -> Any:
-    """No override sees what happens within: a context active during a backward pass must not swap f's own pieces."""
-    return torch._C.DisableTorchFunction()
 
 
 def autocast_of(x: Tensor) -> Autocast:

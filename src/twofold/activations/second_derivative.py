@@ -135,7 +135,7 @@ class _Swapping(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        active = _here.active  # empty where autograd has carried the override into a thread of its own
+        active = _here.active  # empty where the override was carried into another thread
         if not active or self is active[-1][0]:
             name = activation_name(func, args, kwargs)
             if name in self.swaps:
