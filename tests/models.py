@@ -137,6 +137,24 @@ class Residual(nn.Module):
         return self.head(self.down(h).mean((2, 3)))
 
 
+class Convolutions(nn.Module):
+    """Every argument that a convolution has, in one, two and three dimensions."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Conv1d(2, 4, 2, stride=2, padding=1, dilation=2, groups=2)
+        self.two = nn.Conv2d(1, 2, (2, 1), padding=(1, 0), bias=False)
+        self.up = nn.ConvTranspose2d(2, 2, 2, stride=2, output_padding=1, groups=2)
+        self.three = nn.Conv3d(1, 1, 2, padding="valid")
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        h = torch.tanh(self.one(x))
+        h = torch.tanh(self.up(torch.tanh(self.two(h.unsqueeze(1)))))
+        h = torch.tanh(self.three(h.unsqueeze(1)).mean((1, 3, 4)))
+        return self.head(h.repeat(1, 4)[:, :4])
+
+
 def conv_batchnorm():
     return nn.Sequential(
         nn.Conv2d(1, 3, 2, padding=1),
@@ -234,6 +252,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "spectral_norm": lambda: classification(WeightNorm(nn.utils.parametrizations.spectral_norm).eval()),
     "Bilinear": lambda: classification(Bilinear()),
     "depthwise and transposed": lambda: classification(Residual(), (1, 3, 3), n=4, sizes=(4,)),
+    "convolutions": lambda: classification(Convolutions(), (2, 5), n=3, sizes=(3,)),
     "PReLU": lambda: classification(nn.Sequential(nn.Linear(4, 5), nn.PReLU(5), nn.Linear(5, 3))),
     "ignore_index": ignored,
     "class weights and smoothing": class_weights,

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from twofold.activations.functions import saving_is_hooked
+from twofold.curvature.convolution import CONVOLUTIONS
 from twofold.errors import CHECKPOINT, FSDP, NO_DOUBLE_BACKWARD, SCRIPTED, TwofoldError
 from twofold.types import Mode
 
@@ -202,10 +204,13 @@ def full_precision() -> Iterator[None]:
 
 
 class _Repairs(TorchFunctionMode):
-    """Stand-ins for operations whose second derivative torch gets wrong."""
+    """Stand-ins for operations whose second derivative torch gets wrong, or takes at twice the price."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        # A checkpoint recomputes its segment with torch's own operations and must find the same tensors saved.
+        if func in CONVOLUTIONS and not saving_is_hooked():
+            return CONVOLUTIONS[func](*args, **kwargs)
         if func is torch._weight_norm:
             return _weight_norm(*args, **kwargs)
         return func(*args, **kwargs)
