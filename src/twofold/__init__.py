@@ -1,9 +1,13 @@
 """twofold measures and regularises both halves of the Hessian, H = GN + NME, of any PyTorch model.
 
-    c = twofold.Curvature(model, loss_fn, data)
-    h, g, n = c.products(v)                                          # H v, GN v, NME v
-    loss = twofold.SAM(rho=0.05).backward(model, loss_fn, (x, y))    # in place of loss.backward()
-    with twofold.second_derivative(0, of="gelu"): ...                # the same model with another phi''
+Example:
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 3))
+    >>> loss_fn, batch = nn.CrossEntropyLoss(), (torch.randn(16, 4), torch.randint(3, (16,)))
+    >>> c = twofold.Curvature(model, loss_fn, batch)
+    >>> h, g, n = c.products(torch.randn(c.hessian.shape[0]))  # H v, GN v, NME v
+    >>> loss = twofold.SAM(rho=0.05).backward(model, loss_fn, batch)  # in place of loss.backward()
+    >>> with twofold.second_derivative(0, of="gelu"):  # the same model with another phi''
+    ...     h, g, n = c.products(torch.randn(c.hessian.shape[0]))
 """
 
 from twofold.activations import BetaGELU, beta_gelu, gaussian, second_derivative
@@ -13,23 +17,41 @@ from twofold.curvature.norms import frobenius_norm
 from twofold.curvature.operators import NME, GaussNewton, Hessian
 from twofold.curvature.trace import trace
 from twofold.errors import TwofoldError, TwofoldWarning
+from twofold.regularizers import (
+    SAM,
+    USAM,
+    GaussNewtonTrace,
+    GradientPenalty,
+    HessianTrace,
+    Regularizer,
+    WeightNoise,
+    matched_sigma,
+)
 from twofold.types import Estimate
 
 __version__ = "0.1.0"
 
 __all__ = [
     "NME",
+    "SAM",
+    "USAM",
     "BetaGELU",
     "Curvature",
     "Estimate",
     "GaussNewton",
+    "GaussNewtonTrace",
+    "GradientPenalty",
     "Hessian",
+    "HessianTrace",
+    "Regularizer",
     "TwofoldError",
     "TwofoldWarning",
+    "WeightNoise",
     "beta_gelu",
     "causal_lm_forward",
     "frobenius_norm",
     "gaussian",
+    "matched_sigma",
     "second_derivative",
     "trace",
 ]
