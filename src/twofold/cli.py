@@ -20,6 +20,7 @@ from twofold.errors import TwofoldError, TwofoldWarning
 
 try:
     import tyro
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.markup import escape
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -367,15 +368,20 @@ def _time_left(seconds: float | None) -> str:
 
 
 def _verdict_table(verdicts: "Sequence[Verdict]") -> Table:
-    table = Table(title="Effects in points of accuracy, positive in the direction of the claim", title_justify="left")
-    for name, justify in (("finding", "left"), ("effect [95 % interval]", "right"), ("verdict", "left")):
-        table.add_column(name, justify=justify)
-    for name in ("seeds", "div."):
-        table.add_column(name, justify="right")
+    table = Table(
+        title="Effects in points of accuracy with 95 % intervals, positive as the paper claims",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 1, 0),
+    )
+    table.add_column("finding")
+    table.add_column("verdict", no_wrap=True)
+    for name in ("effect", "seeds", "div."):
+        table.add_column(name, justify="right", no_wrap=True)
     for v in verdicts:
-        effect = f"{v.effect:+.1f} [{v.low:+.1f}, {v.high:+.1f}]"
         verdict = f"[{_COLOURS[v.verdict]}]{v.verdict}[/]"
-        table.add_row(escape(f"{v.finding} ({v.data})"), escape(effect), verdict, str(v.seeds), str(v.diverged))
+        effect = f"{v.effect:+.1f} [{v.low:+.1f}, {v.high:+.1f}]"
+        table.add_row(escape(f"{v.finding}, {v.data}"), verdict, escape(effect), str(v.seeds), str(v.diverged))
     return table
 
 

@@ -68,7 +68,8 @@ RULE = (
     f"paper claims, with a 95 % Student-t interval over seeds. The smallest effect that matters is {SMALLEST:g} point. "
     f"Shows: the interval lies above 0 and the effect is at least {SMALLEST:g}. "
     f"Opposite: the interval lies below 0 and the effect is at most -{SMALLEST:g}. "
-    f"Does not show: the interval lies inside -{SMALLEST:g} to {SMALLEST:g}. Undecided: anything else. "
+    f"Does not show: the interval lies inside -{SMALLEST:g} to {SMALLEST:g}. "
+    "Undecided: anything else, and always with fewer than three seeds. "
     "A method's own best rho is the one above 0 with the highest mean validation accuracy, the same for all seeds."
 )
 

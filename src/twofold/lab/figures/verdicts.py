@@ -5,7 +5,7 @@ The rule, with d the paired difference in the direction that the finding claims 
     shows           the interval lies above 0 and the mean of d is at least m
     opposite        the interval lies below 0 and the mean of d is at most -m
     does not show   the interval lies inside (-m, m)
-    undecided       anything else, and whenever fewer than two seeds have both numbers
+    undecided       anything else, and always with fewer than three seeds: two can agree by chance
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from twofold.errors import TwofoldError
 
 SHOWS, DOES_NOT_SHOW, OPPOSITE, UNDECIDED = "shows", "does not show", "opposite", "undecided"
 CONFIDENCE = 0.95
+FEWEST_SEEDS = 3
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def decide(difference: Interval, smallest: float) -> str:
     """
     if not smallest > 0:
         raise TwofoldError(f"The smallest effect that matters must be positive, not {smallest!r}.")
-    if difference.count < 2:
+    if difference.count < FEWEST_SEEDS:
         return UNDECIDED
     if difference.low > 0 and difference.mean >= smallest:
         return SHOWS
