@@ -82,7 +82,8 @@ Curves = dict[tuple[str, str], pd.DataFrame]
 """(activation, method) -> the runs of that curve, of one data set."""
 
 RULES = {
-    TRACKING: "Mean over rho > 0 of |training accuracy of PSAM - that of SAM|, with ReLU minus with GELU.",
+    TRACKING: "Mean over rho > 0 of |training accuracy of PSAM - that of SAM|, with ReLU minus with GELU. It says how "
+    "far the two part, not which of them is better.",
     EQUAL_RHO: "Mean over rho > 0 of (test accuracy of SAM - that of PSAM), with ReLU minus with GELU.",
     OWN_BEST: "Test accuracy of SAM at its own best rho minus that of PSAM at its own, with ReLU minus with GELU.",
     BELOW_SGD: "With ReLU at SAM's own best rho: test accuracy of plain SGD minus that of PSAM. Where that shows, SAM "

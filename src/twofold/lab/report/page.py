@@ -94,7 +94,7 @@ def render_page(
         environment=_environment(runs),
         inline=inline_svg,
         cells=readable_cells,
-        number=_number,
+        number=_decimal,
         strip=_strip,
         flat=_fields,
     )
@@ -114,26 +114,18 @@ def inline_svg(svg: str, prefix: str) -> Markup:
 def readable_cells(numbers: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
     """Header and rows of a table of numbers, each mean and its interval in one cell."""
     columns = [name for name in numbers.columns if not name.endswith(("_low", "_high"))]
-    rows = []
-    for _, row in numbers.iterrows():
-        cells = []
-        for name in columns:
-            text = _number(row[name])
-            if f"{name}_low" in numbers.columns and not math.isnan(row[f"{name}_low"]):
-                text += f" [{_number(row[f'{name}_low'])}, {_number(row[f'{name}_high'])}]"
-            cells.append(text)
-        rows.append(cells)
-    return columns, rows
+
+    def cell(row: pd.Series, name: str) -> str:
+        if f"{name}_low" not in numbers.columns:
+            return f"{row[name]:g}" if isinstance(row[name], float) else str(row[name])
+        return f"{_decimal(row[name])} [{_decimal(row[f'{name}_low'])}, {_decimal(row[f'{name}_high'])}]"
+
+    return columns, [[cell(row, name) for name in columns] for _, row in numbers.iterrows()]
 
 
-def _number(value: Any) -> str:
-    """Text of a table's value: two decimals are enough for percentages; the minus sign is a real one."""
-    if isinstance(value, float):
-        if math.isnan(value):
-            return "–"
-        text = f"{value:g}" if value == round(value, 2) else f"{value:.2f}"
-        return text.replace("-", "−")
-    return str(value)
+def _decimal(value: float) -> str:
+    """A percentage or a difference of two, as text: two decimals are enough, and the minus sign is a real one."""
+    return "–" if math.isnan(value) else f"{value:.2f}".replace("-", "−")
 
 
 def _reach(verdicts: Sequence[Verdict]) -> float:
