@@ -159,9 +159,7 @@ def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Float[Tensor, ""]:
 def norm(tensors: Sequence[Tensor]) -> Float[Tensor, ""]:
     """One global 2-norm over a list of tensors, in float32 or better."""
     wide = [tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
-    return torch.linalg.vector_norm(
-        torch.stack([torch.linalg.vector_norm(tensor).to(wide[0].device) for tensor in wide])
-    )
+    return torch.linalg.vector_norm(torch.stack([one.to(wide[0]) for one in torch._foreach_norm(wide)]))
 
 
 def _sum_of_products(a: Tensor, b: Tensor) -> Tensor:

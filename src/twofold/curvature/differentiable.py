@@ -8,6 +8,7 @@ something raises. `differentiable_twice` repairs or refuses the operations that 
 import random
 import re
 import sys
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -65,19 +66,28 @@ class RandomState:
         return (
             isinstance(other, RandomState)
             and self._python == other._python
-            and all(np.array_equal(a, b) for a, b in zip(self._numpy, other._numpy, strict=True))
+            and _same_numpy(self._numpy, other._numpy)
             and all(torch.equal(a, b) for a, b in zip(self._torch, other._torch, strict=True))
         )
 
     __hash__ = None
 
-    def restore(self) -> None:
-        """Put every generator back to this state."""
+    def restore(self, since: "RandomState | None" = None) -> None:
+        """Put every generator back to this state.
+
+        Args:
+            since: the present state, where it is known: NumPy's slow setter is not called for what did not move.
+        """
         random.setstate(self._python)
-        np.random.set_state(self._numpy)
+        if since is None or not _same_numpy(self._numpy, since._numpy):
+            np.random.set_state(self._numpy)
         torch.set_rng_state(self._torch[0])
         if len(self._torch) > 1:
             torch.cuda.set_rng_state_all(self._torch[1:])
+
+
+def _same_numpy(one: Any, other: Any) -> bool:
+    return one[0] == other[0] and one[2:] == other[2:] and np.array_equal(one[1], other[1])
 
 
 @contextmanager
@@ -116,14 +126,15 @@ def module_state_kept(model: nn.Module) -> Iterator[None]:
 
 
 def _containers(module: nn.Module) -> dict[str, Any]:
-    return {
-        name: value.copy()
-        for name, value in module.__dict__.items()
-        if type(value).__module__ in ("builtins", "collections") and isinstance(value, dict | list | set)
-    }
+    return {name: value.copy() for name, value in module.__dict__.items() if type(value) in _CONTAINERS}
+
+
+_CONTAINERS = {dict, OrderedDict, defaultdict, Counter, list, set}
 
 
 def _refill(container: Any, content: Any) -> None:
+    if not container and not content:
+        return
     if isinstance(container, list):
         container[:] = content
     else:

@@ -5,6 +5,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -117,7 +118,7 @@ class Regularizer(ABC):
         A gradient that is not finite is not handed on: .grad stays as found, `skipped` counts it and a warning tells
         once. With a scaler it is handed on, so that the scaler skips the step.
         """
-        if not isinstance(weight, int | float) or not math.isfinite(weight):
+        if not isinstance(weight, Real) or not math.isfinite(weight):
             raise TwofoldError(f"weight must be a finite number; {weight!r} came.")
         _refuse_parallel(model)
         model = unwrap(model)
@@ -138,6 +139,7 @@ class Regularizer(ABC):
                     chosen=chosen,
                     source=self.generator,
                     share_masks=self.share_masks,
+                    start=before.random.shared if piece is pieces[0] else None,
                 )
                 for piece in pieces
             ]
@@ -192,8 +194,9 @@ class Regularizer(ABC):
 
     def accepts(self, gradients: Gradients) -> bool:
         """Tell whether a gradient is finite; one that is not is counted and warned of once."""
-        finite = [_is_finite(gradient) for gradient in gradients if gradient is not None]
-        if not finite or bool(torch.stack([one.to(finite[0].device) for one in finite]).all()):
+        known = [gradient for gradient in gradients if gradient is not None]
+        # A norm is one fast reading; where it overflows the entries may still be finite.
+        if not known or norm(known).isfinite() or all(gradient.isfinite().all() for gradient in known):
             return True
         self.skipped += 1
         if self.skipped == 1:
@@ -231,23 +234,22 @@ class _Snapshot:
     """What a failed backward puts back: modules, buffers, random states. Weights and .grad need none of it."""
 
     def __init__(self, model: nn.Module, generator: torch.Generator | None) -> None:
-        self._random = RandomSources(generator)
+        self.random = RandomSources(generator)
         self._modules = ModuleState(model)
-        held = [value for module in model.modules() for value in module.__dict__.values() if type(value) is Tensor]
-        self._tensors = [(tensor, tensor.detach().clone()) for tensor in [*model.buffers(), *held]]
+        self._tensors = [(tensor, tensor.clone()) for module in model.modules() for tensor in _held(module)]
 
     def restore(self) -> None:
-        self._random.restore()
+        self.random.restore()
         self._modules.restore()
         with torch.no_grad():
             for tensor, value in self._tensors:
-                if not tensor.requires_grad:
-                    tensor.copy_(value)
+                tensor.copy_(value)
 
 
-def _is_finite(gradient: Tensor) -> Tensor:
-    """One truth value on the gradient's device; the largest magnitude is finite exactly when all entries are."""
-    return torch.linalg.vector_norm(gradient, float("inf")).isfinite() if gradient.numel() else torch.tensor(True)
+def _held(module: nn.Module) -> list[Tensor]:
+    """Buffers, and tensors kept as plain attributes, off the graph."""
+    held = [*module._buffers.values(), *(value for value in module.__dict__.values() if type(value) is Tensor)]
+    return [tensor for tensor in held if tensor is not None and not tensor.requires_grad]
 
 
 def _scale_of(scaler: Any, like: Tensor) -> float:
@@ -293,13 +295,13 @@ def _joined(outputs: Sequence[Any]) -> Any:
 
 def check_count(name: str, value: object) -> None:
     """Refuse what is no positive integer."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise TwofoldError(f"{name} must be a positive integer; {value!r} came.")
 
 
 def check_strength(name: str, value: object) -> None:
     """Refuse what is no finite number of at least 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < math.inf:
         raise TwofoldError(f"{name} must be a finite number, 0 or more; {value!r} came.")
 
 

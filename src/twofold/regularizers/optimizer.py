@@ -11,6 +11,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim import Optimizer
 
 from twofold.batches import describe
+from twofold.curvature.differentiable import RandomState
 from twofold.errors import TwofoldError
 from twofold.regularizers.base import Regularizer
 from twofold.regularizers.gradients import Gradients
@@ -115,9 +116,9 @@ class SharpnessAware(Optimizer):
                 "reg.backward(model, loss_fn, batch, scaler=scaler), then scaler.step(base optimiser)."
             )
         parameters = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
-        passes = ClosurePasses(closure, parameters, self._chosen(), self.reg)
-        found = [parameter.grad for parameter in parameters]
         random = RandomSources(self.reg.generator)
+        passes = ClosurePasses(closure, parameters, self._chosen(), self.reg, random.shared)
+        found = [parameter.grad for parameter in parameters]
         try:
             direction = self.reg.direction(passes)
         except BaseException:
@@ -190,12 +191,19 @@ class ClosurePasses(Passes):
 
     Args:
         closure: computes the loss and its gradient.
-        parameters, chosen: as in `Passes`.
+        parameters, chosen, start: as in `Passes`.
         reg: where the options come from.
     """
 
-    def __init__(self, closure: Closure, parameters: Sequence[nn.Parameter], chosen: Sequence[int], reg: Regularizer):
-        super().__init__(parameters, chosen, source=reg.generator, share_masks=reg.share_masks)
+    def __init__(
+        self,
+        closure: Closure,
+        parameters: Sequence[nn.Parameter],
+        chosen: Sequence[int],
+        reg: Regularizer,
+        start: RandomState,
+    ) -> None:
+        super().__init__(parameters, chosen, source=reg.generator, share_masks=reg.share_masks, start=start)
         self._closure = closure
         self._reg = reg
         self._before: list[tuple[Tensor, Tensor]] = []

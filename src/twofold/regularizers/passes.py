@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from twofold.batches import run_forward
-from twofold.curvature.differentiable import RandomState, buffers_replaced, differentiable_twice, module_state_kept
+from twofold.curvature.differentiable import (
+    RandomState,
+    buffers_replaced,
+    differentiable_twice,
+    module_state_kept,
+    refusals_named,
+)
 from twofold.curvature.losses import Loss, OutputProduct, Residual, as_loss
 from twofold.curvature.primitives import check_differentiable_thrice, differentiable_thrice
 from twofold.curvature.recording import Recording
@@ -30,12 +36,12 @@ class RandomSources:
     """The state of every generator that a backward may draw from: the global ones and the regularizer's own."""
 
     def __init__(self, generator: torch.Generator | None) -> None:
-        self._global = RandomState()
+        self.shared = RandomState()
         self._own = None if generator is None else (generator, generator.get_state())
 
     def restore(self) -> None:
         """Put every generator back to this state."""
-        self._global.restore()
+        self.shared.restore()
         if self._own is not None:
             generator, state = self._own
             generator.set_state(state)
@@ -49,7 +55,7 @@ class Passes(ABC):
         chosen: positions of those that the regularizer perturbs, or whose curvature it penalises.
         source: where random draws come from; None is torch's global generator.
         share_masks: whether later passes repeat the random draws of the first.
-
+        start: the present state of the global generators, where the caller has taken it.
     """
 
     def __init__(
@@ -59,12 +65,15 @@ class Passes(ABC):
         *,
         source: torch.Generator | None,
         share_masks: bool,
+        start: RandomState | None = None,
     ) -> None:
         self.parameters = list(parameters)
         self._chosen = list(chosen)
         self._source = source
         self._share_masks = share_masks
-        self._start: RandomState | None = None
+        self._start = start
+        self._after: RandomState | None = None
+        self._begun = False
 
     @property
     def chosen(self) -> list[nn.Parameter]:
@@ -91,6 +100,7 @@ class Passes(ABC):
         source = self._source
         device = torch.device("cpu") if source is None else source.device
         seed = int(torch.randint(2**62, (), generator=source, device=device))
+        self._start = None
         return torch.Generator(self.chosen[0].device).manual_seed(seed)
 
     def gradient(self, perturbation: Sequence[Tensor] | None = None) -> tuple[Tensor, Gradients]:
@@ -99,15 +109,16 @@ class Passes(ABC):
         The weights come back from a saved copy, bit for bit, also when the pass raises.
         """
         with self._perturbed(perturbation):
-            if self._start is None:
-                self._start = RandomState()
+            if not self._begun:
+                self._begin()
                 return self._first_pass()
-            after = RandomState()
-            if self._share_masks:
-                self._start.restore()
+            if not self._share_masks or self._start is None:
+                return self._later_pass()
+            if self._after is None:
+                self._after = RandomState()
+            self._start.restore(since=self._after)
             result = self._later_pass()
-            if self._share_masks:
-                after.restore()
+            self._after.restore(since=self._start)
             return result
 
     def recorded(self) -> Recorded:
@@ -116,7 +127,7 @@ class Passes(ABC):
         Raises:
             TwofoldError: where passes are a closure's, which hides the outputs.
         """
-        self._start = RandomState()
+        self._begin()
         return self._recorded_pass()
 
     def loss_graph(self) -> LossGraph:
@@ -125,8 +136,13 @@ class Passes(ABC):
         Raises:
             TwofoldError: where passes are a closure's, which hides the outputs.
         """
-        self._start = RandomState()
+        self._begin()
         return self._graph_pass()
+
+    def _begin(self) -> None:
+        self._begun = True
+        if self._start is None:
+            self._start = RandomState()
 
     @contextmanager
     def _perturbed(self, perturbation: Sequence[Tensor] | None) -> Iterator[None]:
@@ -165,7 +181,7 @@ class ModelPasses(Passes):
         batch: one batch.
         forward: forward(model, batch) -> (outputs, targets).
         scale: the factor of a gradient scaler; each backward pass runs on the scaled loss.
-        parameters, chosen, source, share_masks: as in `Passes`.
+        parameters, chosen, source, share_masks, start: as in `Passes`.
 
     Attributes:
         outputs: what the model returned in the first pass.
@@ -184,8 +200,9 @@ class ModelPasses(Passes):
         chosen: Sequence[int],
         source: torch.Generator | None,
         share_masks: bool,
+        start: RandomState | None = None,
     ) -> None:
-        super().__init__(parameters, chosen, source=source, share_masks=share_masks)
+        super().__init__(parameters, chosen, source=source, share_masks=share_masks, start=start)
         self.model = model
         self.outputs: Any = None
         self.targets: Any = None
@@ -210,7 +227,7 @@ class ModelPasses(Passes):
         with self._autocast.fresh():
             outputs, targets = run_forward(self._forward, self.model, self._batch)
             loss = Loss(self._loss_fn)(outputs, targets)
-        with self._autocast.off():
+        with self._autocast.off(), refusals_named():
             scaled = loss if self._scale == 1 else loss * self._scale
             gradients = torch.autograd.grad(scaled, self.parameters, allow_unused=True)
         return outputs, targets, loss.detach(), unscaled(gradients, self._scale)
