@@ -1,6 +1,8 @@
 """Many runs on this machine: one process a core, one run at a time in each, nothing computed twice."""
 
+import os
 import signal
+import threading
 import time
 import traceback
 import warnings
@@ -24,8 +26,7 @@ Progress = Callable[[int, int, float | None], None]
 Compute = Callable[[RunDirectory, Path | None], str]
 """compute(directory, data_dir) -> status: what a worker does with one run."""
 
-# Workers outlive a sweep by this long, so that the next one starts at once; orphans of a killed sweep end after it.
-_IDLE_SECONDS = 30
+_IDLE_SECONDS = 30  # workers outlive a sweep by this long, so that the next one starts at once
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 _DIED_TWICE = "The process of this run died twice: it was killed, ran out of memory, or crashed."
 
@@ -150,12 +151,20 @@ def _run_all(
 def _pool(num_workers: int):
     """The pool of this process: the one of before while it is whole, a new one after a worker died."""
     return loky.get_reusable_executor(
-        num_workers, timeout=_IDLE_SECONDS, initializer=_leave_interrupts_to_parent, env=_ONE_THREAD
+        num_workers, timeout=_IDLE_SECONDS, initializer=_start_worker, initargs=(os.getpid(),), env=_ONE_THREAD
     )
 
 
-def _leave_interrupts_to_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _start_worker(parent: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """Without this, the worker of a killed sweep would go on with its run and keep the next sweep waiting for it."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _work(compute: Compute, directory: RunDirectory, data_dir: Path | None) -> tuple[str, str]:
