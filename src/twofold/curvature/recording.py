@@ -110,6 +110,11 @@ class Recording:
         """The gradient of the loss, J' dl/dz, in the parameters' shapes."""
         return self.vjp(self.output_gradient)
 
+    @property
+    def graphed_gradient(self) -> list[Tensor]:
+        """The gradient of the loss, on the graph that all products share; free beside them."""
+        return self._reverse[0]
+
     @refusals_named()
     def vjp(self, cotangents: Sequence[Tensor]) -> list[Tensor]:
         """Return J'u for one u per differentiable output tensor."""

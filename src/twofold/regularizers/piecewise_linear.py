@@ -26,6 +26,6 @@ def warn_if_piecewise_linear(outputs: Sequence[Tensor], penalty: str, remedy: st
         found = _NAMES.match(node.name())
         if found:
             warnings.warn(
-                CANNOT_SEE.format(penalty=penalty, activation=found[1], remedy=remedy), TwofoldWarning, stacklevel=5
+                CANNOT_SEE.format(penalty=penalty, activation=found[1], remedy=remedy), TwofoldWarning, stacklevel=6
             )
             return

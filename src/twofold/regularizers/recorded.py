@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from twofold.curvature.differentiable import refusals_named
 from twofold.curvature.losses import Loss, detached_leaves
-from twofold.curvature.recording import Recording
+from twofold.curvature.recording import Recording, leaves_of
 from twofold.regularizers.autocast import Autocast
 from twofold.regularizers.gradients import Gradients, unscaled
 from twofold.types import Matrix
@@ -46,8 +46,19 @@ class Recorded:
 
     @cached_property
     def gradients(self) -> Gradients:
-        """The plain gradient of every trainable parameter."""
-        return self.gradients_with([], [])
+        """The plain gradient of every trainable parameter, from the graph that the products need anyhow."""
+        chosen = {id(parameter) for parameter in self.recording.parameters}
+        others = any(id(parameter) not in chosen for parameter in self.parameters)
+        plain = self.gradients_with([], []) if others else [None for _ in self.parameters]
+        with self.autocast.off():
+            known = unscaled([slope.detach() for slope in self.recording.graphed_gradient], self.scale)
+        read = [z for z, is_read in zip(self.recording.outputs, self.recording.reads, strict=True) if is_read]
+        reached = {id(leaf) for leaf in [*read, *leaves_of(read)]}
+        graphed = dict(zip(map(id, self.recording.parameters), known, strict=True))
+        return [
+            graphed.get(id(parameter), other) if id(parameter) in reached else None
+            for parameter, other in zip(self.parameters, plain, strict=True)
+        ]
 
     def gradients_with(
         self, heads: Sequence[Tensor], cotangents: Sequence[Tensor], at_outputs: Sequence[Tensor] | None = None
