@@ -24,6 +24,7 @@ from twofold.regularizers import (
     GradientPenalty,
     HessianTrace,
     Regularizer,
+    SharpnessAware,
     WeightNoise,
     matched_sigma,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "Hessian",
     "HessianTrace",
     "Regularizer",
+    "SharpnessAware",
     "TwofoldError",
     "TwofoldWarning",
     "WeightNoise",

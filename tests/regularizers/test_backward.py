@@ -1,13 +1,16 @@
 """The contract of Regularizer.backward where it does not depend on the algorithm."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from regularizers.rows import flat
+from twofold.curvature.operators import Hessian
 from twofold.errors import TwofoldError
-from twofold.regularizers import SAM, GradientPenalty, Regularizer, WeightNoise
+from twofold.regularizers import SAM, GradientPenalty, HessianTrace, Regularizer, WeightNoise
 
 
 @pytest.fixture
@@ -123,6 +126,26 @@ def test_parameters_and_batches_that_do_not_fit_are_told(model):
     model.requires_grad_(False)
     with pytest.raises(TwofoldError, match="requires a gradient"):
         SAM().backward(model, F.cross_entropy, BATCH)
+
+
+def test_reentrant_checkpoints_are_refused_by_name():
+    class Reentrant(nn.Linear):
+        def forward(self, x):
+            return checkpoint(super().forward, x, use_reentrant=True)
+
+    hidden = (Reentrant(3, 3), (BATCH[0].clone().requires_grad_(), BATCH[1]))
+    on_the_way = (nn.Sequential(nn.Linear(3, 3), Reentrant(3, 3)), BATCH)
+    for model, batch in (hidden, on_the_way):
+        for regularizer in (SAM(), GradientPenalty(), HessianTrace(strength=1.0)):
+            with pytest.raises(TwofoldError, match="use_reentrant=False"):
+                regularizer.backward(model, F.cross_entropy, batch)
+        with pytest.raises(TwofoldError, match="use_reentrant=False"):
+            Hessian(model, F.cross_entropy, batch).to_dense()
+
+
+def test_numbers_of_numpy_serve(model):
+    SAM(rho=np.float32(0.1), microbatches=np.int64(2)).backward(model, F.cross_entropy, BATCH, weight=np.float32(0.5))
+    assert flat(model).norm() > 0
 
 
 def test_sparse_gradients_are_refused_by_name():

@@ -92,6 +92,17 @@ def test_a_synthetic_second_derivative_comes_in():
     assert relative(found - g, 0.1 * (problem.matrix("hessian") + added(bump)) @ unit(g)) < 1e-9
 
 
+def test_the_trace_of_the_hessian_sees_the_other_second_derivative():
+    problem, added = one_hidden_layer(nn.GELU())
+    drawn = torch.Generator().manual_seed(3)
+    v = problem.signs(drawn.manual_seed(int(torch.randint(2**62, (), generator=drawn))))
+    penalty = HessianTrace(strength=0.1, generator=torch.Generator().manual_seed(3))
+    with twofold.second_derivative(0, of="gelu"):
+        direction(problem.model, F.cross_entropy, problem.batch, penalty)
+    H = problem.matrix("hessian") - added(gelu_second)
+    assert penalty.diagnostics["trace"] == pytest.approx((v @ H @ v).item(), rel=1e-9)
+
+
 RELU = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 3))
 BATCH = (torch.randn(6, 3), torch.randint(3, (6,)))
 

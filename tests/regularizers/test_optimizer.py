@@ -38,6 +38,22 @@ def noisy(seed=0):
     return WeightNoise(sigma=0.1, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.parametrize(
+    "reg",
+    [SAM(rho=0), WeightNoise(sigma=0), GradientPenalty(rho=0), GradientPenalty(rho=0, method="finite_difference")],
+)
+def test_strength_zero_is_the_base_step_bit_for_bit(training, reg):
+    model, make = training
+    before = copy.deepcopy(model.state_dict())
+    optimizer, closure = make(reg)
+    losses = [optimizer.step(closure) for _ in range(3)]
+    found = weights(model)
+    model.load_state_dict(before)
+    plain = torch.optim.AdamW(model.parameters(), lr=0.01)
+    assert [plain.step(closure).detach() for _ in range(3)] == losses
+    assert torch.equal(weights(model), found)
+
+
 def test_a_saved_state_goes_on_bit_for_bit(training):
     model, make = training
     optimizer, closure = make(noisy())

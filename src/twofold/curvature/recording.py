@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from twofold.curvature.differentiable import refusals_named
 from twofold.curvature.losses import Loss, OutputProduct, detached_leaves, is_differentiable
-from twofold.errors import HIDDEN_PARAMETER, LOSS_USES_PARAMETERS, TwofoldError
+from twofold.errors import CHECKPOINT, HIDDEN_PARAMETER, LOSS_USES_PARAMETERS, TwofoldError
 from twofold.types import Matrix
 
 
@@ -194,9 +194,16 @@ def check_reached(outputs: Any, live: Mapping[str, Tensor]) -> None:
     """Refuse a forward pass that reached a live parameter past the alias that was lent in its place."""
     names = {id(parameter): name for name, parameter in live.items()}
     attached = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
+    refuse_reentrant(attached)
     for leaf in leaves_of(attached):
         if id(leaf) in names:
             raise TwofoldError(HIDDEN_PARAMETER.format(name=names[id(leaf)]))
+
+
+def refuse_reentrant(tensors: Sequence[Tensor]) -> None:
+    """Refuse the reentrant form of checkpointing, which hides the parameters in it from torch.autograd.grad."""
+    if any(node.name().startswith("CheckpointFunction") for node in graph_nodes(tensors)):
+        raise TwofoldError(CHECKPOINT.format(error="its reentrant form hides parameters from torch.autograd.grad."))
 
 
 def leaves_of(tensors: Sequence[Tensor]) -> list[Tensor]:

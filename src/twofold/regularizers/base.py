@@ -301,7 +301,7 @@ def check_count(name: str, value: object) -> None:
 
 def check_strength(name: str, value: object) -> None:
     """Refuse what is no finite number of at least 0."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < math.inf:
         raise TwofoldError(f"{name} must be a finite number, 0 or more; {value!r} came.")
 
 

@@ -24,7 +24,7 @@ from twofold.curvature.differentiable import (
 )
 from twofold.curvature.losses import Loss, OutputProduct, Residual, as_loss
 from twofold.curvature.primitives import check_differentiable_thrice, differentiable_thrice
-from twofold.curvature.recording import Recording
+from twofold.curvature.recording import Recording, refuse_reentrant
 from twofold.errors import TwofoldError
 from twofold.regularizers.autocast import Autocast
 from twofold.regularizers.gradients import Gradients, unscaled
@@ -230,6 +230,8 @@ class ModelPasses(Passes):
         with self._autocast.off(), refusals_named():
             scaled = loss if self._scale == 1 else loss * self._scale
             gradients = torch.autograd.grad(scaled, self.parameters, allow_unused=True)
+        if any(gradient is None for gradient in gradients):
+            refuse_reentrant([loss])
         return outputs, targets, loss.detach(), unscaled(gradients, self._scale)
 
     def _recorded_pass(self) -> Recorded:
@@ -237,8 +239,10 @@ class ModelPasses(Passes):
         with self._autocast.fresh(), differentiable_twice(self.model):
             outputs, targets = run_forward(self._forward, self.model, self._batch)
         self.outputs, self.targets = _detached(outputs), targets
-        if not any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(outputs)):
+        attached = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        if not attached:
             raise TwofoldError("The model's outputs do not depend on any trainable parameter.")
+        refuse_reentrant(attached)
         loss = as_loss(self._loss_fn)
         loss.loss_fn = self._autocast.inside(loss.loss_fn)
         if self._scale != 1:
@@ -252,6 +256,7 @@ class ModelPasses(Passes):
             outputs, targets = run_forward(self._forward, self.model, self._batch)
             loss = Loss(self._loss_fn)(outputs, targets)
         check_differentiable_thrice([loss])
+        refuse_reentrant([loss])
         self.outputs, self.targets = _detached(outputs), targets
         return LossGraph(loss.detach(), loss * self._scale, self._scale, self._autocast)
 
