@@ -141,6 +141,18 @@ def test_uneven_microbatches_are_weighted_by_the_loss(row):
     assert relative(found, expected) < 1e-12
 
 
+@every
+def test_microbatches_of_a_summed_loss_are_summed(row):
+    problem = Problem(loss_fn=nn.CrossEntropyLoss(reduction="sum"))
+    x, y = problem.batch
+    regularizer, expected, state = row.make(STRENGTH), 0.0, torch.get_rng_state()
+    for part in ((x[:3], y[:3]), (x[3:], y[3:])):
+        expected = expected + backward(Problem(problem.model, problem.loss_fn, part), regularizer)[1]
+    torch.set_rng_state(state)
+    _, found = backward(problem, row.make(STRENGTH, microbatches=2))
+    assert relative(found, expected) < 1e-12
+
+
 class Log:
     """What a model saw; no container that a later pass would put back."""
 
@@ -197,6 +209,33 @@ def test_running_statistics_move_once_and_masks_are_shared(row):
     assert model.norm.num_batches_tracked == 1
     for one, other in zip(model.buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+class Restless(nn.Linear):
+    """Draws more in each pass than in the one before."""
+
+    def forward(self, x):
+        self.log.items.append(torch.rand(len(self.log.items) + 1))
+        return super().forward(x)
+
+
+@every
+def test_the_random_state_is_that_after_one_forward_pass_whatever_later_ones_draw(row):
+    model = Restless(3, 3).double()
+    model.log = Log()
+    regularizer = row.make(STRENGTH)
+
+    def draw():
+        if row.draws:
+            torch.randint(2**62, ())
+        torch.rand(1)
+        return torch.get_rng_state()
+
+    batch = (torch.randn(6, 3).double(), torch.randint(3, (6,)))
+    after = seeded(draw)
+    regularizer.backward(model, F.cross_entropy, batch)
+    assert len(model.log.items) == row.passes
+    assert torch.equal(torch.get_rng_state(), after)
 
 
 @every
@@ -327,6 +366,7 @@ def test_autocast_does_not_hide_the_perturbation(row):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model(batch[0])
         _, plain = backward(problem, row.make(0.0))
+        model(batch[0])
         _, found = seeded(lambda: backward(problem, row.make(strength)))
     assert F.cosine_similarity(found - plain, expected, dim=0) > 0.85
 
