@@ -10,7 +10,7 @@ from models import CASES
 from references import dense, relative
 from regularizers.rows import Problem, flat, unit
 from twofold.errors import TwofoldError, TwofoldWarning
-from twofold.regularizers import SAM, GradientPenalty, HessianTrace
+from twofold.regularizers import SAM, GaussNewtonTrace, GradientPenalty, HessianTrace
 
 pytestmark = pytest.mark.filterwarnings("ignore::twofold.errors.TwofoldWarning")
 
@@ -141,10 +141,21 @@ class TwoHeads(nn.Module):
         return {"used": self.used(h), "idle": self.idle(h)}
 
 
-@pytest.mark.parametrize("rho", [0.0, 0.1])
-def test_a_head_that_the_loss_does_not_read_gets_no_gradient(rho):
+@pytest.mark.parametrize(
+    "regularizer",
+    [
+        SAM(),
+        GradientPenalty(rho=0.0),
+        GradientPenalty(),
+        GradientPenalty(params="body*"),
+        HessianTrace(strength=0.1),
+        GaussNewtonTrace(strength=0.1, estimator="hutchinson"),
+        GaussNewtonTrace(strength=0.1, estimator="hutchinson", through="full"),
+    ],
+)
+def test_a_head_that_the_loss_does_not_read_gets_no_gradient(regularizer):
     model = TwoHeads()
-    GradientPenalty(rho=rho).backward(model, lambda z, y: F.cross_entropy(z["used"], y), BATCH)
+    regularizer.backward(model, lambda z, y: F.cross_entropy(z["used"], y), BATCH)
     assert model.idle.weight.grad is None
     assert model.used.weight.grad is not None
 

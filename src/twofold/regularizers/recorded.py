@@ -71,12 +71,10 @@ class Recorded:
             at_outputs: one constant for each differentiable tensor of the outputs.
         """
         sources = list(zip(heads, [self.scale * u for u in cotangents], strict=True))
-        known = zip(self.recording.outputs, self.recording.output_gradient, self.recording.reads, strict=True)
-        for i, (z, u, is_read) in enumerate(known):
-            if at_outputs is not None:
-                sources.append((z, u + self.scale * at_outputs[i]))
-            elif is_read:
-                sources.append((z, u))
+        at_z = self.recording.output_gradient
+        if at_outputs is not None:
+            at_z = [u + self.scale * more for u, more in zip(at_z, at_outputs, strict=True)]
+        sources += self._read(at_z)
         tensors, constants = zip(*[(head, u) for head, u in sources if head.requires_grad], strict=True)
         with self.autocast.off(), refusals_named():
             gradients = torch.autograd.grad(tensors, self.parameters, constants, retain_graph=True, allow_unused=True)
@@ -110,11 +108,15 @@ class Recorded:
 
     def vjp(self, cotangents: Sequence[Tensor]) -> list[Tensor]:
         """Return J'u over the chosen parameters, with a graph of its own; zeros where nothing depends on them."""
-        pairs = [(z, u) for z, u in zip(self.recording.outputs, cotangents, strict=True) if z.requires_grad]
-        attached, u = zip(*pairs, strict=True)
+        attached, u = zip(*[(z, u) for z, u in self._read(cotangents) if z.requires_grad], strict=True)
         with self.autocast.off(), refusals_named():
             chosen = self.recording.parameters
             return list(torch.autograd.grad(attached, chosen, u, create_graph=True, materialize_grads=True))
+
+    def _read(self, cotangents: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Each output that the loss depends on, with its cotangent."""
+        every = zip(self.recording.outputs, cotangents, self.recording.reads, strict=True)
+        return [(z, u) for z, u, is_read in every if is_read]
 
 
 @dataclass(frozen=True)
