@@ -13,6 +13,7 @@ Example:
 from twofold.activations import BetaGELU, beta_gelu, gaussian, second_derivative
 from twofold.batches import causal_lm_forward
 from twofold.curvature.curvature import Curvature
+from twofold.curvature.eigen import eigsh
 from twofold.curvature.norms import frobenius_norm
 from twofold.curvature.operators import NME, GaussNewton, Hessian
 from twofold.curvature.trace import trace
@@ -28,7 +29,7 @@ from twofold.regularizers import (
     WeightNoise,
     matched_sigma,
 )
-from twofold.types import Estimate
+from twofold.types import Eigenpairs, Estimate
 
 __version__ = "0.1.0"
 
@@ -38,6 +39,7 @@ __all__ = [
     "USAM",
     "BetaGELU",
     "Curvature",
+    "Eigenpairs",
     "Estimate",
     "GaussNewton",
     "GaussNewtonTrace",
@@ -51,6 +53,7 @@ __all__ = [
     "WeightNoise",
     "beta_gelu",
     "causal_lm_forward",
+    "eigsh",
     "frobenius_norm",
     "gaussian",
     "matched_sigma",

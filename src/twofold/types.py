@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
 Params: TypeAlias = str | Sequence[str] | None
@@ -59,3 +60,27 @@ class Estimate:
 
     def __str__(self) -> str:
         return f"{self.value:.4g} ± {self.stderr:.2g} ({self.num_matvecs} matvecs)"
+
+
+@dataclass(frozen=True, eq=False)
+class Eigenpairs:
+    """Some eigenvalues of a symmetric operator and their eigenvectors.
+
+    Attributes:
+        values: the eigenvalues, ascending.
+        vectors: orthonormal eigenvectors, one a column.
+        residuals: ||A v - lambda v|| for each pair; some eigenvalue of A lies within this distance of lambda.
+        converged: whether every residual is within the tolerance that was asked for.
+        num_matvecs: how many matrix-vector products it took.
+    """
+
+    values: Float[Tensor, "k"]
+    vectors: Float[Tensor, "P k"]
+    residuals: Float[Tensor, "k"]
+    converged: bool
+    num_matvecs: int
+
+    def __str__(self) -> str:
+        pairs = zip(self.values.tolist(), self.residuals.tolist(), strict=True)
+        found = ", ".join(f"{value:.4g} ± {residual:.1g}" for value, residual in pairs)
+        return f"{found} ({self.num_matvecs} matvecs{'' if self.converged else ', not converged'})"

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from twofold.curvature.probes import check_square, product_of, rademacher, root_of, summarise
+from twofold.curvature.probes import check_count, check_square, product_of, rademacher, root_of, summarise
 from twofold.types import Estimate
 
 
@@ -28,6 +28,7 @@ def frobenius_norm(operator: Any, num_matvecs: int = 64, *, generator: torch.Gen
         >>> float(frobenius_norm(torch.diag(torch.tensor([3.0, 4.0])), num_matvecs=4))
         5.0
     """
-    check_square(operator, num_matvecs)
+    check_square(operator)
+    check_count(num_matvecs)
     products = (product_of(operator, probe).double() for probe in rademacher(operator, num_matvecs, generator))
     return root_of(summarise([product.square().sum().item() for product in products]))

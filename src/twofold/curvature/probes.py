@@ -14,20 +14,23 @@ from twofold.errors import TwofoldError
 from twofold.types import Estimate
 
 
-def check_square(operator: Any, num_matvecs: int) -> None:
-    """Refuse what is no square matrix, and a number of probes that is no positive integer."""
+def check_square(operator: Any) -> None:
+    """Refuse what is no square real matrix."""
     shape = tuple(getattr(operator, "shape", ()))
     if len(shape) != 2 or shape[0] != shape[1] or not hasattr(operator, "__matmul__"):
         raise TwofoldError(
             f"Expected an operator with .shape (P, P) and @; {type(operator).__name__} has shape {shape}."
         )
-    check_count(num_matvecs)
+    dtype = getattr(operator, "dtype", None)
+    if (isinstance(dtype, torch.dtype) and dtype.is_complex) or (isinstance(dtype, np.dtype) and dtype.kind == "c"):
+        raise TwofoldError(f"Expected a real operator; {type(operator).__name__} has dtype {dtype}.")
 
 
-def check_count(num_matvecs: int) -> None:
-    """Refuse a number of probes that is no positive integer."""
-    if isinstance(num_matvecs, bool) or not isinstance(num_matvecs, int) or num_matvecs < 1:
-        raise TwofoldError(f"num_matvecs must be a positive integer; {num_matvecs!r} came.")
+def check_count(count: int, name: str = "num_matvecs", *, at_least: int = 1) -> None:
+    """Refuse a count that is no integer, or too small."""
+    if isinstance(count, bool) or not isinstance(count, int) or count < at_least:
+        wanted = "a positive integer" if at_least == 1 else f"an integer of at least {at_least}"
+        raise TwofoldError(f"{name} must be {wanted}; {count!r} came.")
 
 
 def private_generator(device: torch.device) -> torch.Generator:
@@ -35,23 +38,42 @@ def private_generator(device: torch.device) -> torch.Generator:
     return torch.Generator(device).manual_seed(0)
 
 
-def rademacher(operator: Any, num_probes: int, generator: torch.Generator | None) -> Iterator[Float[Tensor, "P"]]:
-    """Yield probes [P] with entries +-1, of the operator's dtype and device (float64 on the CPU if it has none)."""
+def generator_for(device: torch.device, generator: torch.Generator | None) -> torch.Generator:
+    """The caller's generator, or a private one."""
+    return private_generator(device) if generator is None else generator
+
+
+def vectors_of(operator: Any) -> tuple[torch.dtype, torch.device]:
+    """The dtype and device of the vectors that an operator is asked about: its own, in float32 at least.
+
+    float64 on the CPU if it has none, or is of integers.
+    """
     dtype, device = getattr(operator, "dtype", None), getattr(operator, "device", None)
+    if isinstance(dtype, np.dtype) and dtype.kind == "f" and dtype.itemsize <= 4:
+        dtype = torch.float32
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         dtype = torch.float64
     device = torch.device(device) if isinstance(device, torch.device) else torch.device("cpu")
-    generator = private_generator(device) if generator is None else generator
+    return torch.promote_types(dtype, torch.float32), device
+
+
+def rademacher(operator: Any, num_probes: int, generator: torch.Generator | None) -> Iterator[Float[Tensor, "P"]]:
+    """Yield probes [P] with entries +-1."""
+    dtype, device = vectors_of(operator)
+    generator = generator_for(device, generator)
     for _ in range(num_probes):
         signs = torch.randint(2, (operator.shape[1],), generator=generator, device=generator.device)
         yield signs.to(device, dtype).mul_(2).sub_(1)
 
 
-def product_of(operator: Any, probe: Float[Tensor, "P"]) -> Tensor:
-    """The operator times a probe, also where it speaks NumPy."""
-    if isinstance(getattr(operator, "dtype", None), torch.dtype):
-        return operator @ (probe if operator.dtype.is_floating_point else probe.to(operator.dtype))
-    return torch.from_numpy(np.asarray(operator @ probe.cpu().numpy()))
+def product_of(operator: Any, vectors: Float[Tensor, "P *K"]) -> Tensor:
+    """The operator times vectors [P] or [P, K], also where it is of integers or half precision or speaks NumPy."""
+    dtype = getattr(operator, "dtype", None)
+    if not isinstance(dtype, torch.dtype):
+        return torch.from_numpy(np.asarray(operator @ vectors.cpu().numpy()))
+    if dtype.is_floating_point:
+        return operator @ vectors.to(dtype)
+    return operator.to(vectors.dtype) @ vectors
 
 
 def summarise(samples: Sequence[float]) -> Estimate:

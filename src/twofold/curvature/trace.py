@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twofold.curvature.probes import check_square, product_of, rademacher, summarise
+from twofold.curvature.probes import check_count, check_square, product_of, rademacher, summarise
 from twofold.types import Estimate
 
 
@@ -30,7 +30,8 @@ def trace(operator: Any, num_matvecs: int = 64, *, generator: torch.Generator | 
         >>> float(trace(torch.diag(torch.tensor([1.0, 2.0, 3.0])), num_matvecs=4))
         6.0
     """
-    check_square(operator, num_matvecs)
+    check_square(operator)
+    check_count(num_matvecs)
     samples = [_quadratic_form(operator, probe) for probe in rademacher(operator, num_matvecs, generator)]
     return summarise(samples)
 
