@@ -176,16 +176,16 @@ def sweep(
         result = sweep_runs(configs, out, workers=workers, data_dir=_data_dir(data_dir), progress=progress)
     keys = ["model.activation", "regularizer.name", "regularizer.strength"]
     runs = load_table(out, list(dict.fromkeys(map(run_id, configs))))
-    table = Table(title="Accuracy in percent, mean ± standard deviation over seeds", title_justify="left")
-    for name in ("activation", "regularizer", "strength", "seeds", "diverged", "train", "validation", "test"):
-        table.add_column(name, justify="left" if name in ("activation", "regularizer") else "right")
+    table = _table("Accuracy in percent: mean ± standard deviation over seeds", ("setting",))
+    for name in ("seeds", "div.", "train", "validation", "test"):
+        table.add_column(name, justify="right", no_wrap=True)
     for (activation, name, strength), group in runs.groupby(keys, sort=False):
         accuracies = []
         for split in ("train", "validation", "test"):
             percent = 100 * group[f"{split}/accuracy"] if f"{split}/accuracy" in group else group["seed"] * float("nan")
             accuracies.append(f"{percent.mean():.1f} ± {percent.std():.1f}")
         diverged = int((group["status"] == "diverged").sum())
-        table.add_row(activation, name, f"{strength:g}", str(len(group)), str(diverged), *accuracies)
+        table.add_row(f"{activation} {name} {strength:g}", str(len(group)), str(diverged), *accuracies)
     Console().print(table)
     return _tell_runs(result, out)
 
@@ -269,9 +269,9 @@ def measure(
     curvature = twofold.Curvature(model, F.cross_entropy, batches, mode="eval")
     traces, norms = curvature.traces(num_matvecs), curvature.frobenius(num_matvecs)
 
-    table = Table(title=escape(config.label()), title_justify="left")
-    for name in ("", "trace", "±", "Frobenius norm", "±"):
-        table.add_column(name, justify="right" if name else "left")
+    table = _table(escape(config.label()), ("",))
+    for name in ("trace", "±", "Frobenius norm", "±"):
+        table.add_column(name, justify="right", no_wrap=True)
     for matrix, symbol in _SYMBOLS.items():
         estimates = (traces[matrix], norms[matrix])
         table.add_row(symbol, *(f"{value:.4g}" for e in estimates for value in (e.value, e.stderr)))
@@ -367,14 +367,13 @@ def _time_left(seconds: float | None) -> str:
     return f"about {minutes} min {seconds:02d} s left" if minutes else f"about {seconds} s left"
 
 
+def _table(title: str, columns: Sequence[str]) -> Table:
+    return Table(*columns, title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+
+
 def _verdict_table(verdicts: "Sequence[Verdict]") -> Table:
-    table = Table(
-        title="Effects in points of accuracy with 95 % intervals, positive as the paper claims",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 1, 0),
-    )
-    table.add_column("finding")
+    table = _table("Effects in points of accuracy with 95 % intervals, positive as the paper claims", ("finding",))
+    table.padding = (0, 1, 1, 0)
     table.add_column("verdict", no_wrap=True)
     for name in ("effect", "seeds", "div."):
         table.add_column(name, justify="right", no_wrap=True)
