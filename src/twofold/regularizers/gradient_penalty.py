@@ -83,7 +83,7 @@ class GradientPenalty(Regularizer):
         if self.curvature != "gauss_newton" and not self._looked:
             self._looked = True
             remedy = 'method="finite_difference"'
-            warn_if_piecewise_linear(recorded.recording.outputs, f"A penalty on the {self.curvature} side", remedy)
+            warn_if_piecewise_linear(recorded.recording.outputs, f"GradientPenalty(curvature={self.curvature!r})", remedy)
         chosen = passes.of_chosen(recorded.gradients)
         size = float(norm(chosen))
         found: dict[str, Tensor | float] = {"gradient_norm": size, "penalty": self.rho * size**self.p}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from twofold.errors import TwofoldError
-from twofold.lab.models.layers import activation, norm
+from twofold.lab.models.layers import activation, initialise, norm
 
 if TYPE_CHECKING:
     from twofold.lab.config import ModelConfig
@@ -40,4 +40,4 @@ def build(config: "ModelConfig", input_shape: Sequence[int], num_classes: int) -
     layers["mean"] = nn.AdaptiveAvgPool2d(1) if image else nn.AdaptiveAvgPool1d(1)
     layers["flatten"] = nn.Flatten()
     layers["head"] = nn.Linear(channels, num_classes)
-    return nn.Sequential(layers)
+    return initialise(nn.Sequential(layers))

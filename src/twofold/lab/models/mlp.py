@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from twofold.lab.models.layers import activation, norm
+from twofold.lab.models.layers import activation, initialise, norm
 
 if TYPE_CHECKING:
     from twofold.lab.config import ModelConfig
@@ -24,4 +24,4 @@ def build(config: "ModelConfig", input_shape: Sequence[int], num_classes: int) -
         layers[f"activation{i}"] = activation(config)
         size = config.width
     layers["head"] = nn.Linear(size, num_classes)
-    return nn.Sequential(layers)
+    return initialise(nn.Sequential(layers))
