@@ -82,8 +82,8 @@ class GradientPenalty(Regularizer):
         recorded = passes.recorded()
         if self.curvature != "gauss_newton" and not self._looked:
             self._looked = True
-            remedy = 'method="finite_difference"'
-            warn_if_piecewise_linear(recorded.recording.outputs, f"GradientPenalty(curvature={self.curvature!r})", remedy)
+            penalty, remedy = f"GradientPenalty(curvature={self.curvature!r})", 'method="finite_difference"'
+            warn_if_piecewise_linear(recorded.recording.outputs, penalty, remedy)
         chosen = passes.of_chosen(recorded.gradients)
         size = float(norm(chosen))
         found: dict[str, Tensor | float] = {"gradient_norm": size, "penalty": self.rho * size**self.p}
