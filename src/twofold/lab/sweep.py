@@ -83,6 +83,8 @@ def sweep(
     """
     if workers is not None and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 1):
         raise TwofoldError(f"workers is {workers!r}; expected an integer of at least 1, or None for one a core.")
+    # workers outlive a sweep, and with it the directory that relative paths start from
+    out, data_dir = Path(out).absolute(), None if data_dir is None else Path(data_dir).absolute()
     prepare_output(out)
     directories = {directory.id: directory for directory in (RunDirectory(out, config) for config in configs)}
     outcomes: dict[str, tuple[str, str]] = {

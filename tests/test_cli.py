@@ -1,0 +1,238 @@
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import twofold
+from twofold import cli
+from twofold.lab import config as lab_config
+from twofold.lab import sweep as lab_sweep
+from twofold.lab.figures.scales import SCALES
+
+COMMANDS = ("train", "sweep", "reproduce", "report", "measure", "data")
+TINY = replace(
+    lab_config.mnist1d(),
+    data=lab_config.DataConfig(num_train=60, num_validation=30, num_test=40, label_noise=0.3),
+    model=lab_config.ModelConfig(width=4, depth=1),
+    epochs=1,
+    batch_size=30,
+)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Every command starts in an empty directory, with tiny recipes."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TWOFOLD_DATA", raising=False)
+    monkeypatch.setattr(lab_config, "mnist1d", lambda: TINY)
+    monkeypatch.setitem(SCALES, "smoke", replace(SCALES["smoke"], recipes={"mnist1d": lambda: TINY}, seeds=(100,)))
+
+
+@pytest.fixture
+def run(capsys):
+    """Run a command line; gives exit code, stdout and stderr."""
+
+    def run(line: str):
+        try:
+            code = cli.main(line.split())
+        except SystemExit as leaving:
+            code = leaving.code
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_fits_a_screen(command):
+    line = [
+        sys.executable,
+        "-c",
+        "import sys; from twofold.cli import main; sys.exit(main())",
+        *command.split(),
+        "--help",
+    ]
+    environment = {**os.environ, "COLUMNS": "80", "LINES": "24", "PYTHONIOENCODING": "utf-8"}
+    shown = subprocess.run(line, capture_output=True, text=True, encoding="utf-8", env=environment, check=True).stdout
+    lines = [piece for line in shown.splitlines() for piece in (re.findall(".{1,80}", line) or [""])]
+    assert len(lines) <= 24
+    assert all(len(line) <= 80 for line in shown.splitlines()[1:] if not line.startswith("--version"))
+    for name in (command.split() or COMMANDS)[:1]:
+        assert name in shown
+
+
+def test_version_and_no_arguments(run):
+    assert run("--version") == (0, f"twofold {twofold.__version__}\n", "")
+    code, out, _ = run("")
+    assert code == 0
+    assert all(name in out for name in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("reproduce 99", "no figure '99'"),
+        ("reproduce one", "no figure 'one'"),
+        ("reproduce --data cifar10", "does not run 'cifar10'"),
+        ("reproduce --scale paper --data mnist1d", "does not run 'mnist1d'"),
+        ("reproduce --scale smoke --workers 0", "workers"),
+        ("reproduce --scale smoke --out file/out", "cannot be written"),
+        ("report .", "no reproduction"),
+        ("report missing", "no reproduction"),
+        ("measure .", "no run directory"),
+        ("train imagenet", "no recipe 'imagenet'; known: mnist1d"),
+        ("train mnist1d --activation cubic", "cubic"),
+        ("train mnist1d --regularizer magic", "magic"),
+        ("train mnist1d --regularizer sam --strength -1", "strength"),
+        ("train mnist1d --regularizer sam --strength nan", "strength"),
+        ("train mnist1d --epochs 0", "epochs"),
+        ("train mnist1d --out file", "cannot be written"),
+        ("sweep mnist1d --seeds", "nothing to run"),
+        ("data fetch imagenet", "no data set 'imagenet'"),
+    ],
+)
+def test_errors_are_one_clear_line(run, tmp_path, line, said):
+    (tmp_path / "file").write_text("kept")
+    code, out, err = run(line)
+    assert code == 2
+    assert out == ""
+    assert err.startswith("twofold: ")
+    assert said in err
+    assert "Traceback" not in err
+    assert len(err.splitlines()) <= 3
+    assert [path.name for path in tmp_path.rglob("status.json")] == []
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize("line", ["reproduce --scale huge", "unknown", "train", "train mnist1d --seed x", "report"])
+def test_wrong_usage(run, line):
+    code, out, err = run(line)
+    assert code == 2
+    assert out == ""
+    assert "--help" in err
+    assert "Traceback" not in err
+
+
+def test_missing_data_is_refused_before_any_run(run, tmp_path, monkeypatch):
+    from twofold.lab.data import fashion_mnist
+
+    monkeypatch.setattr(fashion_mnist, "DEBIAN", tmp_path / "nowhere")
+    for line in ("reproduce --data fashion-mnist --out out", "train fashion-mnist --out out"):
+        code, _, err = run(line)
+        assert code == 2
+        assert "twofold data fetch fashion-mnist" in err
+        assert not list(tmp_path.glob("out/runs/*"))
+    code, out, _ = run("data list")
+    assert code == 0
+    assert "mnist1d: ready, 4000 training" in out
+    assert "fashion-mnist: Fashion-MNIST was not found" in out
+
+
+def test_debug_shows_the_traceback(run):
+    code, _, err = run("train imagenet --debug")
+    assert code == 2
+    assert "Traceback" in err
+    assert "no recipe 'imagenet'" in err
+
+
+def test_an_unexpected_error_is_short_too(run, monkeypatch):
+    monkeypatch.setattr(lab_config, "mnist1d", lambda: 1 / 0)
+    code, _, err = run("train mnist1d")
+    assert (code, err) == (2, "twofold: ZeroDivisionError: division by zero (--debug shows where)\n")
+
+
+def test_interrupt(run, monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lab_config, "mnist1d", interrupted)
+    code, out, err = run("train mnist1d")
+    assert (code, out) == (130, "")
+    assert len(err.splitlines()) == 1
+    assert "interrupted" in err
+
+
+def test_train_then_measure(run):
+    code, out, err = run(
+        "train mnist1d --regularizer sam --strength 0.1 --seed 7 --activation relu --epochs 2 --out here"
+    )
+    assert (code, err) == (0, "")
+    assert "epoch   2" in out
+    directory = Path(out.splitlines()[-1].removeprefix("done: "))
+    config = json.loads((directory / "config.json").read_text())
+    assert config["regularizer"]["name"] == "sam"
+    assert (config["seed"], config["epochs"], config["model"]["activation"]) == (7, 2, "relu")
+    code, again, _ = run(
+        "train mnist1d --regularizer sam --strength 0.1 --seed 7 --activation relu --epochs 2 --out here"
+    )
+    assert code == 0
+    assert f"already there: {directory}" in again
+    assert [line for line in again.splitlines() if line.startswith("epoch   2")] == [
+        line for line in out.splitlines() if line.startswith("epoch   2")
+    ]
+
+    code, out, err = run(f"measure {directory} --num-matvecs 8")
+    assert (code, err) == (0, "")
+    rows = {
+        line.split()[0]: line.split()[1:] for line in out.splitlines() if line.strip().startswith(("H", "GN", "NME"))
+    }
+    hessian, gauss_newton, nme = (float(rows[name][0]) for name in ("H", "GN", "NME"))
+    assert hessian == pytest.approx(gauss_newton + nme, abs=2e-3 * abs(gauss_newton))
+    assert "60 of 60 training examples" in out
+    assert run(f"measure {directory} --num-examples 0")[0] == 2
+
+
+def test_sweep(run):
+    code, out, err = run("sweep mnist1d --regularizers none sam --strengths 0.1 0.2 --seeds 1 2 --out here --workers 1")
+    assert code == 0
+    assert "6/6 runs" in err
+    assert "runs: 6 computed, 0 reused" in out
+    for row in ("gelu none 0", "gelu sam 0.1", "gelu sam 0.2"):
+        assert row in out
+    code, out, _ = run("sweep mnist1d --regularizers sam --strengths 0.1 --seeds 1 2 3 --out here --workers 1")
+    assert "runs: 1 computed, 2 reused" in out
+
+
+def test_reproduce_then_report(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["twofold", *["reproduce", "1", "--scale", "smoke", "--out"], "my out", "--debug"])
+    code = cli.main()
+    assert code == 0
+    out = tmp_path / "my out"
+    html = (out / "report.html").read_text()
+    assert "twofold reproduce 1 --scale smoke --out &#39;my out&#39;" in html
+    code, text, err = run("reproduce 1 --scale smoke --out my_out")
+    assert code == 0
+    assert "PSAM follows SAM" in text
+    assert "undecided" in text
+    assert "page: my_out/report.html" in text
+    assert "10/10 runs" in err
+    first = (out / "verdicts.json").read_bytes()
+    assert first == (tmp_path / "my_out" / "verdicts.json").read_bytes()
+    code, text, _ = run("report my_out")
+    assert code == 0
+    assert "page: my_out/report.html" in text
+
+
+def test_a_failed_run_is_told_and_the_report_written(run, tmp_path, monkeypatch):
+    def no_luck(compute, directory, data_dir):
+        directory.fail("RuntimeError: no luck")
+        return "failed", "RuntimeError: no luck"
+
+    monkeypatch.setattr(lab_sweep, "_work", no_luck)
+    code, out, err = run("reproduce --scale smoke --workers 1 --out here")
+    assert code == 1
+    assert "failed: RuntimeError: no luck" in err
+    assert "undecided" in out
+    assert "10 runs failed" in (tmp_path / "here" / "report.html").read_text()
+
+
+def test_importing_twofold_loads_no_command_line_or_lab():
+    unwanted = ("twofold.cli", "twofold.lab", "tyro", "rich", "matplotlib")
+    code = f"import sys, twofold; print([name for name in {unwanted} if name in sys.modules])"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown.strip() == "[]"
