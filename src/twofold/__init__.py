@@ -13,6 +13,8 @@ Example:
 from twofold.activations import BetaGELU, beta_gelu, gaussian, second_derivative
 from twofold.batches import causal_lm_forward
 from twofold.curvature.curvature import Curvature
+from twofold.curvature.density import spectral_density
+from twofold.curvature.diagonal import diagonal
 from twofold.curvature.eigen import eigsh
 from twofold.curvature.norms import frobenius_norm
 from twofold.curvature.operators import NME, GaussNewton, Hessian
@@ -29,7 +31,7 @@ from twofold.regularizers import (
     WeightNoise,
     matched_sigma,
 )
-from twofold.types import Eigenpairs, Estimate
+from twofold.types import DiagonalEstimate, Eigenpairs, Estimate, InnerProduct, SpectralDensity
 
 __version__ = "0.1.0"
 
@@ -39,6 +41,7 @@ __all__ = [
     "USAM",
     "BetaGELU",
     "Curvature",
+    "DiagonalEstimate",
     "Eigenpairs",
     "Estimate",
     "GaussNewton",
@@ -46,17 +49,21 @@ __all__ = [
     "GradientPenalty",
     "Hessian",
     "HessianTrace",
+    "InnerProduct",
     "Regularizer",
     "SharpnessAware",
+    "SpectralDensity",
     "TwofoldError",
     "TwofoldWarning",
     "WeightNoise",
     "beta_gelu",
     "causal_lm_forward",
+    "diagonal",
     "eigsh",
     "frobenius_norm",
     "gaussian",
     "matched_sigma",
     "second_derivative",
+    "spectral_density",
     "trace",
 ]

@@ -8,10 +8,12 @@ Legend of symbols, used in every docstring:
     K  number of vectors handled at once                           H_z    second derivative of the loss in the outputs
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -84,3 +86,89 @@ class Eigenpairs:
         pairs = zip(self.values.tolist(), self.residuals.tolist(), strict=True)
         found = ", ".join(f"{value:.4g} ± {residual:.1g}" for value, residual in pairs)
         return f"{found} ({self.num_matvecs} matvecs{'' if self.converged else ', not converged'})"
+
+
+@dataclass(frozen=True, eq=False)
+class DiagonalEstimate:
+    """A random estimate of a diagonal, entry by entry.
+
+    Attributes:
+        value: the estimates.
+        stderr: their standard errors (nan where one probe cannot tell).
+        num_matvecs: how many matrix-vector products it took.
+    """
+
+    value: Float[Tensor, "P"]
+    stderr: Float[Tensor, "P"]
+    num_matvecs: int
+
+
+@dataclass(frozen=True)
+class InnerProduct:
+    """How two matrices lie to each other.
+
+    Attributes:
+        value: their inner product <A, B>_F = tr A'B.
+        cosine: <A, B>_F / (||A||_F ||B||_F); nan where one of them is zero.
+    """
+
+    value: Estimate
+    cosine: Estimate
+
+    def __str__(self) -> str:
+        return f"{self.value}, cosine {self.cosine.value:.3g} ± {self.cosine.stderr:.2g}"
+
+
+@dataclass(frozen=True, eq=False)
+class SpectralDensity:
+    """The density of eigenvalues, p(x) = (1/P) sum_i delta(x - lambda_i), as quadrature rules and as a smooth curve.
+
+    Attributes:
+        grid: where the curve is given, ascending.
+        density: the curve: p broadened by a Gaussian of width sigma. It integrates to 1 over a grid that covers the
+            spectrum.
+        stderr: its standard error over the probes (nan with a single one).
+        nodes: quadrature nodes, one row a probe.
+        weights: their weights, not negative; each row sums to 1.
+        sigma: the width, in units of eigenvalues.
+        num_matvecs: how many matrix-vector products it took.
+    """
+
+    grid: Float[Tensor, "G"]
+    density: Float[Tensor, "G"]
+    stderr: Float[Tensor, "G"]
+    nodes: Float[Tensor, "probes steps"]
+    weights: Float[Tensor, "probes steps"]
+    sigma: float
+    num_matvecs: int
+
+    def integrate(self, f: Callable[[Tensor], Tensor]) -> Estimate:
+        """Estimate (1/P) tr f(A), the mean of f over the eigenvalues; times P it is the trace.
+
+        Args:
+            f: takes a tensor of eigenvalues and returns f of each.
+
+        Example:
+            >>> density = twofold.spectral_density(torch.diag(torch.tensor([1.0, 2.0, 4.0])))
+            >>> print(f"{float(density.integrate(torch.log2)):.4f}")
+            1.0000
+        """
+        samples = (self.weights * f(self.nodes)).sum(1)
+        stderr = samples.std().item() / math.sqrt(len(samples)) if len(samples) > 1 else math.nan
+        return Estimate(samples.mean().item(), stderr, self.num_matvecs)
+
+    def on(self, grid: Float[Tensor, "G"], sigma: float | None = None) -> "SpectralDensity":
+        """The same density on another grid, or of another width, with no further products.
+
+        Args:
+            grid: ascending points.
+            sigma: the width; None keeps the present one.
+        """
+        sigma = self.sigma if sigma is None else sigma
+        curves = [
+            weights @ torch.exp(-0.5 * ((grid - nodes[:, None]) / sigma).square())
+            for nodes, weights in zip(self.nodes, self.weights, strict=True)
+        ]
+        curve = torch.stack(curves) / (math.sqrt(2 * math.pi) * sigma)
+        stderr = curve.std(0) / math.sqrt(len(curve)) if len(curve) > 1 else torch.full_like(curve[0], math.nan)
+        return replace(self, grid=grid, density=curve.mean(0), stderr=stderr, sigma=sigma)

@@ -9,10 +9,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from twofold.curvature.operators import NME, GaussNewton, Hessian, rows_of, same_kind
-from twofold.curvature.probes import check_count, rademacher, root_of, summarise
+from twofold.curvature.probes import check_count, cosine_of, rademacher, root_of, summarise
 from twofold.curvature.products import Products
 from twofold.errors import TwofoldError
-from twofold.types import Estimate, Forward, LossFn, Matrix, Mode, Params, Vectors, Weight
+from twofold.types import Estimate, Forward, InnerProduct, LossFn, Matrix, Mode, Params, Vectors, Weight
 
 MATRICES: tuple[Matrix, ...] = get_args(Matrix)
 
@@ -140,6 +140,28 @@ class Curvature:
         """
         squares = self._sampled(lambda probe, product: product.double().square().sum(), num_matvecs, parts, generator)
         return {part: root_of(square) for part, square in squares.items()}
+
+    def inner(self, num_matvecs: int = 64, *, generator: torch.Generator | None = None) -> InnerProduct:
+        """Estimate <GN, NME>_F = E (GN v)'(NME v) and its cosine from the same Rademacher probes.
+
+        The cosine, <GN, NME>_F / (||GN||_F ||NME||_F), says whether the halves add up or cancel:
+        ||H||_F^2 = ||GN||_F^2 + 2 <GN, NME>_F + ||NME||_F^2. Its error is that of the delta method.
+
+        Args:
+            num_matvecs: the number of probes.
+            generator: source of the probes; None takes a private one with a fixed seed.
+
+        Returns:
+            InnerProduct(value, cosine), each an Estimate; the cosine is nan where a half is zero.
+        """
+        check_count(num_matvecs)
+        dots, gauss_newton, nme = [], [], []
+        for probe in rademacher(self.hessian, num_matvecs, generator):
+            g, n = (rows[0].double() for rows in self._products.matmat(probe.unsqueeze(0), ("gauss_newton", "nme")))
+            dots.append(torch.dot(g, n).item())
+            gauss_newton.append(torch.dot(g, g).item())
+            nme.append(torch.dot(n, n).item())
+        return InnerProduct(summarise(dots), cosine_of(dots, gauss_newton, nme))
 
     def _sampled(
         self,

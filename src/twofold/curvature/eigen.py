@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from twofold.curvature.lanczos import Basis, finite_product, norm_of
+from twofold.curvature.lanczos import ROUNDING, Krylov, norm_of
 from twofold.curvature.probes import check_count, check_square, vectors_of
 from twofold.errors import TwofoldError, TwofoldWarning
 from twofold.types import Eigenpairs
@@ -16,8 +16,6 @@ from twofold.types import Eigenpairs
 Which: TypeAlias = Literal["LA", "SA", "LM", "BE"]
 
 _MISS_PROBABILITY = 0.05
-_ROUNDING = 10
-"""How far rounding may move a product, in units of eps ||A||."""
 
 
 def eigsh(
@@ -91,128 +89,18 @@ def eigsh(
     if not 0 <= tol < 1:
         raise TwofoldError(f"tol must be a fraction of the largest eigenvalue, in [0, 1); {tol!r} came.")
 
-    krylov = _Krylov(operator, min(basis_size, size), block_size, generator)
-    tol = max(tol, 2 * _ROUNDING * krylov.eps)
+    krylov = Krylov(operator, min(basis_size, size), block_size, generator)
+    tol = max(tol, 4 * ROUNDING * krylov.eps)
     if size <= basis_size and size <= max_matvecs:
         krylov.span_everything()
     else:
         krylov.start(v0)
-        _iterate(krylov, k, which, tol, max_matvecs - k)
+        # Half, so that the residuals of the result are within tol with their bound on rounding.
+        _iterate(krylov, k, which, tol / 2, max_matvecs - k)
     return _result(krylov, k, which, tol, max_matvecs)
 
 
-class _Krylov:
-    """V, and T = V'AV, with A V[:done] = V T[:, :done]: the rows from `done` on are not yet multiplied ("pending")."""
-
-    def __init__(self, operator: Any, basis_size: int, block_size: int, generator: torch.Generator | None) -> None:
-        self.operator = operator
-        self.block_size = block_size
-        capacity = min(basis_size + block_size, operator.shape[0])
-        self.basis = Basis(operator, capacity, generator)
-        self.eps = torch.finfo(self.basis.rows.dtype).eps
-        self.T = torch.zeros(capacity, capacity, dtype=torch.float64)
-        self.done = 0
-        self.num_matvecs = 0
-        self.scale = 0.0
-        """The largest ||A v|| met, which bounds ||A|| from below."""
-
-    @property
-    def pending(self) -> int:
-        return self.basis.size - self.done
-
-    @property
-    def has_room(self) -> bool:
-        """Whether the pending vectors can be multiplied and followed by as many."""
-        most = len(self.T)
-        return self.basis.size + self.pending <= most or most == self.operator.shape[0]
-
-    def start(self, v0: Tensor | None) -> None:
-        """Fill the pending block: the sum of every block_size-th given vector, or random ones."""
-        rows = self.basis.rows
-        if v0 is not None:
-            columns = torch.as_tensor(v0).to(rows.device, rows.dtype)
-            columns = columns.unsqueeze(1) if columns.dim() == 1 else columns
-            if columns.dim() != 2 or len(columns) != rows.shape[1] or not columns.shape[1]:
-                raise TwofoldError(f"v0 must be [{rows.shape[1]}] or [{rows.shape[1]}, m]; {tuple(v0.shape)} came.")
-            norms = torch.linalg.vector_norm(columns, dim=0)
-            if not torch.isfinite(norms).all() or not (norms > 0).all():
-                raise TwofoldError(f"v0 must hold finite vectors other than zero; their norms are {norms.tolist()}.")
-            for first in range(min(self.block_size, columns.shape[1])):
-                vector = (columns / norms)[:, first :: self.block_size].sum(1)
-                size = norm_of(vector)
-                _, left = self.basis.orthogonalise(vector)
-                if left > math.sqrt(self.eps) * size:
-                    self.basis.append(vector, left)
-        while self.basis.size < self.block_size and self.basis.append_random():
-            pass
-
-    def span_everything(self) -> None:
-        """Take the unit vectors as the basis and multiply them all."""
-        torch.eye(len(self.T), out=self.basis.rows)
-        self.basis.size = len(self.T)
-        products = torch.cat([self.multiply(rows) for rows in self.basis.rows.split(self.block_size)])
-        self._check_symmetric((products - products.T).abs().max().item())
-        self.T = (products + products.T).double().cpu() / 2
-        self.done = self.basis.size
-
-    def multiply(self, rows: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:
-        """A times the rows."""
-        products = finite_product(self.operator, rows)
-        self.num_matvecs += len(rows)
-        self.scale = max(self.scale, *map(norm_of, products))
-        return products
-
-    def step(self) -> bool:
-        """Multiply the pending block and append what is new; False if the whole space is spanned already."""
-        if not self.pending and not self.basis.append_random():
-            return False
-        block = range(self.done, self.basis.size)
-        products = self.multiply(self.basis.rows[block.start : block.stop])
-        for row, product in zip(block, products, strict=True):
-            coefficients, left = self.basis.orthogonalise(product)
-            size = len(coefficients)
-            if row:
-                self._check_symmetric((coefficients[:row] - self.T[row, :row]).abs().max().item())
-            self.T[row, :size] = self.T[:size, row] = coefficients
-            if left > _ROUNDING * self.eps * self.scale and size < len(self.T):
-                self.basis.append(product, left)
-                self.T[row, size] = self.T[size, row] = left
-        self.done = block.stop
-        return True
-
-    def _check_symmetric(self, difference: float) -> None:
-        """Compare v_i'A v_j with v_j'A v_i, known from before."""
-        if difference > (10 * math.sqrt(self.eps) + self.locked_residual) * self.scale:
-            raise TwofoldError(
-                f"{type(self.operator).__name__} is not symmetric: u'Av and v'Au differ by {difference:.2g} for unit "
-                f"vectors u and v, where ||Av|| reaches {self.scale:.2g}. eigsh needs A = A'; pass (A + A') / 2 if "
-                "that is what you mean, and look for products that are not repeatable (dropout, shuffled data)."
-            )
-
-    locked_residual = 0.0
-    """Largest residual, relative to the scale, that was dropped when vectors were locked."""
-
-    def ritz(self) -> tuple[Float[Tensor, "done"], Float[Tensor, "done done"], Float[Tensor, "done"]]:
-        """Ritz values (ascending), their vectors in the basis, and the norms of their residuals."""
-        values, mixing = torch.linalg.eigh(self.T[: self.done, : self.done])
-        coupling = self.T[self.done : self.basis.size, : self.done] @ mixing
-        return values, mixing, torch.linalg.vector_norm(coupling, dim=0)
-
-    def restart(self, keep: Int[Tensor, "kept"], *, drop_pending: bool = False) -> None:
-        """Go on from some Ritz vectors; the pending block follows them unless it is dropped."""
-        values, mixing, _ = self.ritz()
-        kept, pending = len(keep), 0 if drop_pending else self.pending
-        coupling = self.T[self.done : self.done + pending, : self.done] @ mixing[:, keep]
-        self.basis.combine(mixing[:, keep])
-        self.basis.rows[kept : kept + pending] = self.basis.rows[self.done : self.done + pending].clone()
-        self.T.zero_()
-        self.T[range(kept), range(kept)] = values[keep]
-        self.T[kept : kept + pending, :kept] = coupling
-        self.T[:kept, kept : kept + pending] = coupling.T
-        self.done, self.basis.size = kept, kept + pending
-
-
-def _iterate(krylov: _Krylov, k: int, which: Which, tol: float, budget: int) -> None:
+def _iterate(krylov: Krylov, k: int, which: Which, tol: float, budget: int) -> None:
     """Run until k pairs have converged and a second look finds no better, or the budget is spent."""
     while krylov.num_matvecs + max(krylov.pending, 1) <= budget:
         if not krylov.has_room:
@@ -230,7 +118,7 @@ def _iterate(krylov: _Krylov, k: int, which: Which, tol: float, budget: int) -> 
                 return
 
 
-def _nothing_missed(krylov: _Krylov, found: Float[Tensor, "k"], which: Which, tol: float, budget: int) -> bool:
+def _nothing_missed(krylov: Krylov, found: Float[Tensor, "k"], which: Which, tol: float, budget: int) -> bool:
     """Look for better eigenvalues from a random vector orthogonal to the pairs found; False as soon as one shows.
 
     After s steps with Ritz values theta_i and couplings beta_i, the random r obeys |r_1| prod|x - theta_i| <=
@@ -283,14 +171,14 @@ def _fences(found: Float[Tensor, "k"], which: Which) -> tuple[float, float]:
     return (values[lower - 1] if lower else -math.inf), values[lower]
 
 
-def _result(krylov: _Krylov, k: int, which: Which, tol: float, max_matvecs: int) -> Eigenpairs:
+def _result(krylov: Krylov, k: int, which: Which, tol: float, max_matvecs: int) -> Eigenpairs:
     """Compute values and residuals anew from the final vectors."""
     values, _, _ = krylov.ritz()
     krylov.restart(_best_first(values, which)[:k].sort().values, drop_pending=True)
     vectors = krylov.basis.rows[:k].clone()
     vectors /= torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
     rayleigh, residuals = [], []
-    rounding = _ROUNDING * krylov.eps * krylov.scale
+    rounding = ROUNDING * krylov.eps * krylov.scale
     for rows in vectors.split(krylov.block_size):
         for row, product in zip(rows, krylov.multiply(rows), strict=True):
             rayleigh.append(torch.dot(row.double(), product.double()))

@@ -1,15 +1,19 @@
-"""Orthonormal vectors grown from products: what every Krylov method here stands on."""
+"""Block Lanczos with full orthogonalisation: what eigenpairs and spectral densities stand on."""
 
+import math
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from twofold.curvature.probes import generator_for, product_of, vectors_of
 from twofold.errors import TwofoldError
 
 _CHUNK = 1 << 16
+
+ROUNDING = 10
+"""How far rounding may move a product, in units of eps ||A||."""
 
 
 class Basis:
@@ -69,6 +73,117 @@ class Basis:
         mixing = mixing.T.to(self.rows.device, torch.float64)
         for columns in self.rows.split(_CHUNK, dim=1):
             columns[:new] = (mixing @ columns[:old].double()).to(columns.dtype)
+
+
+class Krylov:
+    """V, and T = V'AV, with A V[:done] = V T[:, :done]: the rows from `done` on are not yet multiplied ("pending")."""
+
+    def __init__(self, operator: Any, basis_size: int, block_size: int, generator: torch.Generator | None) -> None:
+        self.operator = operator
+        self.block_size = block_size
+        capacity = min(basis_size + block_size, operator.shape[0])
+        self.basis = Basis(operator, capacity, generator)
+        self.eps = torch.finfo(self.basis.rows.dtype).eps
+        self.T = torch.zeros(capacity, capacity, dtype=torch.float64)
+        self.done = 0
+        self.num_matvecs = 0
+        self.scale = 0.0
+        """The largest ||A v|| met, which bounds ||A|| from below."""
+        self.locked_residual = 0.0
+        """The largest residual, relative to the scale, that was dropped when vectors were locked."""
+
+    @property
+    def pending(self) -> int:
+        """How many vectors are not yet multiplied."""
+        return self.basis.size - self.done
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the pending vectors can be multiplied and followed by as many."""
+        most = len(self.T)
+        return self.basis.size + self.pending <= most or most == self.operator.shape[0]
+
+    def start(self, v0: Tensor | None) -> None:
+        """Fill the pending block: the sum of every block_size-th given vector, or random ones."""
+        rows = self.basis.rows
+        if v0 is not None:
+            columns = torch.as_tensor(v0).to(rows.device, rows.dtype)
+            columns = columns.unsqueeze(1) if columns.dim() == 1 else columns
+            if columns.dim() != 2 or len(columns) != rows.shape[1] or not columns.shape[1]:
+                raise TwofoldError(f"v0 must be [{rows.shape[1]}] or [{rows.shape[1]}, m]; {tuple(v0.shape)} came.")
+            norms = torch.linalg.vector_norm(columns, dim=0)
+            if not torch.isfinite(norms).all() or not (norms > 0).all():
+                raise TwofoldError(f"v0 must hold finite vectors other than zero; their norms are {norms.tolist()}.")
+            for first in range(min(self.block_size, columns.shape[1])):
+                vector = (columns / norms)[:, first :: self.block_size].sum(1)
+                size = norm_of(vector)
+                _, left = self.basis.orthogonalise(vector)
+                if left > math.sqrt(self.eps) * size:
+                    self.basis.append(vector, left)
+        while self.basis.size < self.block_size and self.basis.append_random():
+            pass
+
+    def span_everything(self) -> None:
+        """Take the unit vectors as the basis and multiply them all."""
+        torch.eye(len(self.T), out=self.basis.rows)
+        self.basis.size = len(self.T)
+        products = torch.cat([self.multiply(rows) for rows in self.basis.rows.split(self.block_size)])
+        self._check_symmetric((products - products.T).abs().max().item())
+        self.T = (products + products.T).double().cpu() / 2
+        self.done = self.basis.size
+
+    def multiply(self, rows: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:
+        """A times the rows."""
+        products = finite_product(self.operator, rows)
+        self.num_matvecs += len(rows)
+        self.scale = max(self.scale, *map(norm_of, products))
+        return products
+
+    def step(self) -> bool:
+        """Multiply the pending block and append what is new; False if the whole space is spanned already."""
+        if not self.pending and not self.basis.append_random():
+            return False
+        block = range(self.done, self.basis.size)
+        products = self.multiply(self.basis.rows[block.start : block.stop])
+        for row, product in zip(block, products, strict=True):
+            coefficients, left = self.basis.orthogonalise(product)
+            size = len(coefficients)
+            if row:
+                self._check_symmetric((coefficients[:row] - self.T[row, :row]).abs().max().item())
+            self.T[row, :size] = self.T[:size, row] = coefficients
+            if left > ROUNDING * self.eps * self.scale and size < len(self.T):
+                self.basis.append(product, left)
+                self.T[row, size] = self.T[size, row] = left
+        self.done = block.stop
+        return True
+
+    def _check_symmetric(self, difference: float) -> None:
+        """Compare v_i'A v_j with v_j'A v_i, known from before."""
+        if difference > (10 * math.sqrt(self.eps) + self.locked_residual) * self.scale:
+            raise TwofoldError(
+                f"{type(self.operator).__name__} is not symmetric: u'Av and v'Au differ by {difference:.2g} for unit "
+                f"vectors u and v, where ||Av|| reaches {self.scale:.2g}. Lanczos needs A = A'; pass (A + A') / 2 if "
+                "that is what you mean, and look for products that are not repeatable (dropout, shuffled data)."
+            )
+
+    def ritz(self) -> tuple[Float[Tensor, "done"], Float[Tensor, "done done"], Float[Tensor, "done"]]:
+        """Ritz values (ascending), their vectors in the basis, and the norms of their residuals."""
+        values, mixing = torch.linalg.eigh(self.T[: self.done, : self.done])
+        coupling = self.T[self.done : self.basis.size, : self.done] @ mixing
+        return values, mixing, torch.linalg.vector_norm(coupling, dim=0)
+
+    def restart(self, keep: Int[Tensor, "kept"], *, drop_pending: bool = False) -> None:
+        """Go on from some Ritz vectors; the pending block follows them unless it is dropped."""
+        values, mixing, _ = self.ritz()
+        kept, pending = len(keep), 0 if drop_pending else self.pending
+        coupling = self.T[self.done : self.done + pending, : self.done] @ mixing[:, keep]
+        self.basis.combine(mixing[:, keep])
+        self.basis.rows[kept : kept + pending] = self.basis.rows[self.done : self.done + pending].clone()
+        self.T.zero_()
+        self.T[range(kept), range(kept)] = values[keep]
+        self.T[kept : kept + pending, :kept] = coupling
+        self.T[:kept, kept : kept + pending] = coupling.T
+        self.done, self.basis.size = kept, kept + pending
 
 
 def norm_of(vector: Tensor) -> float:

@@ -86,3 +86,15 @@ def root_of(square: Estimate) -> Estimate:
     """The square root of an estimate, its error by the delta method."""
     value = math.sqrt(max(square.value, 0.0))
     return Estimate(value, square.stderr / (2 * value) if value > 0 else square.stderr, square.num_matvecs)
+
+
+def cosine_of(dots: Sequence[float], first: Sequence[float], second: Sequence[float]) -> Estimate:
+    """E a'b / sqrt(E ||a||^2 E ||b||^2) from samples of the three, its error by the delta method."""
+    a, b, c = fmean(dots), fmean(first), fmean(second)
+    if b == 0 or c == 0:
+        return Estimate(math.nan, math.nan, len(dots))
+    cosine = a / math.sqrt(b * c)
+    influence = [
+        x / math.sqrt(b * c) - cosine / 2 * (y / b + z / c) for x, y, z in zip(dots, first, second, strict=True)
+    ]
+    return Estimate(cosine, summarise(influence).stderr, len(dots))

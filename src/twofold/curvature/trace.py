@@ -1,40 +1,115 @@
 """The trace of anything with .shape and @, with its standard error."""
 
-from typing import Any
+import math
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from twofold.curvature.probes import check_count, check_square, product_of, rademacher, summarise
+from twofold.curvature.probes import (
+    check_count,
+    check_square,
+    generator_for,
+    product_of,
+    rademacher,
+    summarise,
+    vectors_of,
+)
+from twofold.errors import TwofoldError
 from twofold.types import Estimate
 
+_SHARED_PROBES = 1.5
+"""Variance of XTrace's mean, over what its estimates' spread would give were they independent.
 
-def trace(operator: Any, num_matvecs: int = 64, *, generator: torch.Generator | None = None) -> Estimate:
-    """Estimate tr A = E v'Av with Rademacher probes v (Hutchinson 1990).
+Estimates i and j share what probes i and j do to each other. Where only that matters (a degenerate U-statistic of
+degree 2) the factor is 2, where it does not, 1; measured, 1.0 to 1.8. The paper's own error estimate takes 1.
+"""
 
-    The estimate is unbiased; its variance is 2 (||A||_F^2 - sum_i A_ii^2) / num_matvecs for symmetric A, so it is
-    exact for a diagonal matrix.
+
+def trace(
+    operator: Any,
+    num_matvecs: int = 64,
+    *,
+    method: Literal["hutchinson", "xtrace"] = "hutchinson",
+    generator: torch.Generator | None = None,
+) -> Estimate:
+    """Estimate tr A from products with random vectors.
+
+    "hutchinson": tr A = E v'Av with Rademacher probes v. Unbiased; its variance is
+    2 (||A||_F^2 - sum_i A_ii^2) / num_matvecs for symmetric A, so it is exact for a diagonal matrix.
+
+    "xtrace": half of the products find a basis Q of the range of A, tr Q'AQ is taken exactly and only the rest is
+    sampled, each probe with the basis that the others span. Unbiased, and far more exact where a few eigenvalues make
+    up the trace; where the spectrum is flat it gains nothing. It holds num_matvecs vectors [P] in memory.
 
     Args:
         operator: anything with .shape (P, P) and @: a twofold operator, a tensor, a SciPy operator.
-        num_matvecs: the number of probes.
+        num_matvecs: the number of products; for "xtrace" at least 2, and an odd one is left.
+        method: "hutchinson" or "xtrace".
         generator: source of the probes; None takes a private one with a fixed seed (same call, same numbers).
 
     Returns:
         Estimate(value, stderr, num_matvecs); stderr is nan with a single probe.
 
     Raises:
-        TwofoldError: the operator is not square, or num_matvecs is not positive.
+        TwofoldError: the operator is not square, num_matvecs is too small, or the method is unknown.
 
     Example:
         >>> float(trace(torch.diag(torch.tensor([1.0, 2.0, 3.0])), num_matvecs=4))
         6.0
+
+    Source: Hutchinson 1990, Commun. Stat. Simul. Comput. 19(2); XTrace: 2301.07825, section 2.1 with the normalisation
+    of section 2.3.
     """
     check_square(operator)
-    check_count(num_matvecs)
-    samples = [_quadratic_form(operator, probe) for probe in rademacher(operator, num_matvecs, generator)]
-    return summarise(samples)
+    if method == "hutchinson":
+        check_count(num_matvecs)
+        return summarise([_quadratic_form(operator, probe) for probe in rademacher(operator, num_matvecs, generator)])
+    if method == "xtrace":
+        check_count(num_matvecs, at_least=2)
+        return _xtrace(operator, num_matvecs, generator)
+    raise TwofoldError(f'method must be "hutchinson" or "xtrace"; {method!r} came.')
 
 
 def _quadratic_form(operator: Any, probe: Tensor) -> float:
     return torch.dot(probe.double(), product_of(operator, probe).double()).item()
+
+
+def _xtrace(operator: Any, num_matvecs: int, generator: torch.Generator | None) -> Estimate:
+    """One estimate for each probe w_i: tr Q_i'AQ_i + c (w_i - Q_i u)'A(w_i - Q_i u), Q_i the basis without probe i.
+
+    Q_i Q_i' = Q Q' - (Q s_i)(Q s_i)' for the unit s_i orthogonal to all columns of R but the i-th, where A W = Q R; so
+    all estimates follow from products of small matrices. c makes ||w_i - Q_i u||^2 its mean.
+    """
+    size = operator.shape[0]
+    dtype, device = vectors_of(operator)
+    generator = generator_for(device, generator)
+    probes = torch.randn(size, min(num_matvecs // 2, size), generator=generator, device=generator.device, dtype=dtype)
+    probes = (probes * (size**0.5 / torch.linalg.vector_norm(probes, dim=0))).to(device)
+    images = _products(operator, probes)
+    Q, R = torch.linalg.qr(images)
+    left, singular, right = torch.linalg.svd(R.double())
+    rank = int((singular > len(R) * torch.finfo(dtype).eps * singular[0]).sum())
+    if rank == len(R):
+        S = torch.linalg.inv(R.double()).T
+        S = S / torch.linalg.vector_norm(S, dim=0)
+    else:
+        # The range is found already, and the other probes span it without probe i.
+        Q, R = Q @ left[:, :rank].to(dtype), singular[:rank, None] * right[:rank]
+        S = torch.zeros_like(R)
+    through = _products(operator, Q)
+    H, T, W, R = (Q.T @ through).double(), (through.T @ probes).double(), (Q.T @ probes).double(), R.double()
+    dots = (S * W).sum(0)
+    U = W - S * dots
+    quadratic = ((W - U) * R).sum(0) - (T * U).sum(0) + (U * (H @ U)).sum(0)
+    free = size - rank + (1 if rank == probes.shape[1] else 0)
+    remaining = (size - U.square().sum(0)).clamp(min=torch.finfo(dtype).eps * size)
+    samples = H.trace() - (S * (H @ S)).sum(0) + quadratic * free / remaining
+    spread = summarise(samples.tolist())
+    return Estimate(spread.value, spread.stderr * math.sqrt(_SHARED_PROBES), probes.shape[1] + rank)
+
+
+def _products(operator: Any, vectors: Tensor) -> Tensor:
+    """The operator times vectors [P, K], one at a time."""
+    columns = [product_of(operator, vector.contiguous()).to(vectors.device, vectors.dtype) for vector in vectors.T]
+    return torch.stack(columns, dim=1) if columns else torch.empty_like(vectors)
