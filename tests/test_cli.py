@@ -54,8 +54,9 @@ def test_help_fits_a_screen(run, monkeypatch, command):
     assert code == 0
     on_screen = [piece for line in shown.splitlines() for piece in (re.findall(".{1,80}", line) or [""])]
     assert len(on_screen) <= 24
-    assert any(line.startswith("╭") and len(line) <= 80 for line in on_screen)
-    assert "--help" in shown
+    boxes = [line for line in shown.splitlines() if "show this help message" in line or "options" in line]
+    assert boxes
+    assert all(len(line) <= 80 for line in boxes)
 
 
 def test_version_and_no_arguments(run):
