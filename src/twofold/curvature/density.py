@@ -82,7 +82,7 @@ def spectral_density(
 def _quadrature(operator: Any, probe: Tensor, steps: int) -> tuple[Tensor, Tensor, int]:
     """Nodes [steps] and weights [steps] for one probe, and the number of products."""
     krylov = Krylov(operator, steps, 1, None)
-    krylov.start(probe)
+    krylov.start(probe.unsqueeze(1))
     while krylov.pending and krylov.done < steps:
         krylov.step()
     values, mixing, _ = krylov.ritz()

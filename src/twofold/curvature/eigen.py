@@ -36,8 +36,8 @@ def eigsh(
     restart"). Orthogonalisation is full and done twice, so no eigenvalue appears twice that is simple. A Krylov space
     shows one vector of a multiple eigenvalue: once k pairs have converged, a second look from a random vector that is
     orthogonal to them searches for what was missed, and the iteration goes on with what it finds. The look ends when a
-    missed eigenvalue would have shown with a probability of 95 %, after at most basis_size - k products. A space
-    that fits the basis (P <= basis_size) is solved densely, by P products.
+    missed eigenvalue would have shown with a probability of 95 %, or after half as many products as came before it
+    (basis_size - k at least). A space that fits the basis (P <= basis_size) is solved densely, by P products.
 
     Args:
         operator: anything with .shape (P, P) and @: a twofold operator, a tensor, a SciPy operator.
@@ -89,57 +89,81 @@ def eigsh(
     if not 0 <= tol < 1:
         raise TwofoldError(f"tol must be a fraction of the largest eigenvalue, in [0, 1); {tol!r} came.")
 
+    given = None if v0 is None else _check_start(v0, size)
     krylov = Krylov(operator, min(basis_size, size), block_size, generator)
     tol = max(tol, 4 * ROUNDING * krylov.eps)
     if size <= basis_size and size <= max_matvecs:
         krylov.span_everything()
     else:
-        krylov.start(v0)
+        krylov.start(given)
         # Half, so that the residuals of the result are within tol with their bound on rounding.
-        _iterate(krylov, k, which, tol / 2, max_matvecs - k)
-    return _result(krylov, k, which, tol, max_matvecs)
+        if _iterate(krylov, k, which, tol / 2, max_matvecs - k):
+            return _result(krylov, k, tol, max_matvecs)
+    values, mixing, _ = krylov.ritz()
+    krylov.lock(mixing[:, _best_first(values, which)[:k]], tol)
+    return _result(krylov, k, tol, max_matvecs)
 
 
-def _iterate(krylov: Krylov, k: int, which: Which, tol: float, budget: int) -> None:
-    """Run until k pairs have converged and a second look finds no better, or the budget is spent."""
-    while krylov.num_matvecs + max(krylov.pending, 1) <= budget:
-        if not krylov.has_room:
-            values, _, _ = krylov.ritz()
-            keep = k + (krylov.done - k) // 2
-            krylov.restart(_best_first(values, which)[: min(keep, krylov.done - 1)])
-        if not krylov.step():
-            return
-        values, _, residuals = krylov.ritz()
+def _check_start(v0: Tensor, size: int) -> Float[Tensor, "P m"]:
+    columns = torch.as_tensor(v0).detach()
+    columns = columns.unsqueeze(1) if columns.dim() == 1 else columns
+    if columns.dim() != 2 or len(columns) != size or not columns.shape[1]:
+        raise TwofoldError(f"v0 must be [{size}] or [{size}, m]; shape {tuple(v0.shape)} came.")
+    norms = torch.linalg.vector_norm(columns.double(), dim=0)
+    if not torch.isfinite(norms).all() or not (norms > 0).all():
+        raise TwofoldError(f"v0 must hold finite vectors other than zero; their norms are {norms.tolist()}.")
+    return columns
+
+
+def _iterate(krylov: Krylov, k: int, which: Which, tol: float, budget: int) -> bool:
+    """Run until the first k rows are converged pairs and a second look finds no better; False on a spent budget."""
+    while krylov.num_matvecs + max(krylov.pending, 1) <= budget and _advance(krylov, k, which):
+        values, mixing, residuals = krylov.ritz()
         wanted = _best_first(values, which)[:k]
         if len(wanted) == k and (residuals[wanted] <= tol * krylov.scale).all():
-            krylov.locked_residual = max(krylov.locked_residual, tol)
-            krylov.restart(wanted, drop_pending=True)
+            krylov.lock(mixing[:, wanted], tol)
             if _nothing_missed(krylov, values[wanted], which, tol, budget):
-                return
+                return True
+    return False
+
+
+def _advance(krylov: Krylov, k: int, which: Which, locked: int = 0) -> bool:
+    """One step, after a restart where memory is full; False if the whole space is spanned."""
+    if not krylov.has_room:
+        values, mixing, _ = krylov.ritz(locked)
+        keep = min(k + (krylov.done - k) // 2, krylov.done - 1) - locked
+        krylov.restart(mixing[:, _best_first(values, which)[:keep]], locked=locked)
+    return krylov.step()
 
 
 def _nothing_missed(krylov: Krylov, found: Float[Tensor, "k"], which: Which, tol: float, budget: int) -> bool:
-    """Look for better eigenvalues from a random vector orthogonal to the pairs found; False as soon as one shows.
+    """Look for better eigenvalues from a random vector orthogonal to the k locked pairs; False as soon as one shows.
 
     After s steps with Ritz values theta_i and couplings beta_i, the random r obeys |r_1| prod|x - theta_i| <=
     prod beta_i for its component r_1 along an eigenvector of eigenvalue x. So an eigenvector beyond x can be there only
     if |r_1| is below that ratio, and P(|r_1| < p / sqrt(P)) < p.
+
+    Where that is not reached before the first restart, half of the products that the pairs took are enough: an
+    eigenvector shows long before it converges.
     """
     k, slack = len(found), tol * krylov.scale
-    low, high = _fences(found, which)
-    log_couplings, enough = 0.0, math.log(math.sqrt(krylov.operator.shape[0]) / _MISS_PROBABILITY)
-    while krylov.num_matvecs < budget and krylov.has_room:
-        if not krylov.step():
+    low, high = (fence + side * slack for fence, side in zip(_fences(found, which), (-1, 1), strict=True))
+    fences = torch.tensor([x for x in (low, high) if math.isfinite(x)], dtype=torch.float64)
+    enough = math.log(math.sqrt(krylov.operator.shape[0]) / _MISS_PROBABILITY)
+    end = min(budget, krylov.num_matvecs + max(len(krylov.T) - k, krylov.num_matvecs // 2))
+    restarted = False
+    while krylov.num_matvecs < end:
+        restarted |= not krylov.has_room
+        if not _advance(krylov, k, which, locked=k):
             return True
-        theta = torch.linalg.eigvalsh(krylov.T[k : krylov.done, k : krylov.done])
-        if theta[0] < low - slack or theta[-1] > high + slack:
+        theta, _, _ = krylov.ritz(locked=k)
+        if theta[0] < low or theta[-1] > high:
             return False
         if not krylov.pending:
             return True
-        log_couplings += math.log(krylov.T[krylov.done, krylov.done - 1])
-        fences = torch.tensor([x for x in (low - slack, high + slack) if math.isfinite(x)], dtype=torch.float64)
-        growth = (fences[:, None] - theta).abs().log().sum(1) - log_couplings
-        if (growth > enough).all():
+        couplings = krylov.T.diagonal(-1)[k : krylov.done]
+        growth = (fences[:, None] - theta).abs().log().sum(1) - couplings.log().sum()
+        if not restarted and (growth > enough).all():
             return True
     return True
 
@@ -171,10 +195,8 @@ def _fences(found: Float[Tensor, "k"], which: Which) -> tuple[float, float]:
     return (values[lower - 1] if lower else -math.inf), values[lower]
 
 
-def _result(krylov: Krylov, k: int, which: Which, tol: float, max_matvecs: int) -> Eigenpairs:
-    """Compute values and residuals anew from the final vectors."""
-    values, _, _ = krylov.ritz()
-    krylov.restart(_best_first(values, which)[:k].sort().values, drop_pending=True)
+def _result(krylov: Krylov, k: int, tol: float, max_matvecs: int) -> Eigenpairs:
+    """The first k rows as eigenpairs, their values and residuals computed anew."""
     vectors = krylov.basis.rows[:k].clone()
     vectors /= torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
     rayleigh, residuals = [], []

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from twofold.curvature.probes import generator_for, product_of, vectors_of
@@ -103,19 +103,13 @@ class Krylov:
         most = len(self.T)
         return self.basis.size + self.pending <= most or most == self.operator.shape[0]
 
-    def start(self, v0: Tensor | None) -> None:
-        """Fill the pending block: the sum of every block_size-th given vector, or random ones."""
-        rows = self.basis.rows
-        if v0 is not None:
-            columns = torch.as_tensor(v0).to(rows.device, rows.dtype)
-            columns = columns.unsqueeze(1) if columns.dim() == 1 else columns
-            if columns.dim() != 2 or len(columns) != rows.shape[1] or not columns.shape[1]:
-                raise TwofoldError(f"v0 must be [{rows.shape[1]}] or [{rows.shape[1]}, m]; {tuple(v0.shape)} came.")
-            norms = torch.linalg.vector_norm(columns, dim=0)
-            if not torch.isfinite(norms).all() or not (norms > 0).all():
-                raise TwofoldError(f"v0 must hold finite vectors other than zero; their norms are {norms.tolist()}.")
-            for first in range(min(self.block_size, columns.shape[1])):
-                vector = (columns / norms)[:, first :: self.block_size].sum(1)
+    def start(self, given: Float[Tensor, "P m"] | None) -> None:
+        """Fill the pending block: sums of every block_size-th vector given, then random ones."""
+        if given is not None:
+            given = given.to(self.basis.rows.device, self.basis.rows.dtype)
+            given = given / torch.linalg.vector_norm(given, dim=0)
+            for first in range(min(self.block_size, given.shape[1])):
+                vector = given[:, first :: self.block_size].sum(1)
                 size = norm_of(vector)
                 _, left = self.basis.orthogonalise(vector)
                 if left > math.sqrt(self.eps) * size:
@@ -166,24 +160,31 @@ class Krylov:
                 "that is what you mean, and look for products that are not repeatable (dropout, shuffled data)."
             )
 
-    def ritz(self) -> tuple[Float[Tensor, "done"], Float[Tensor, "done done"], Float[Tensor, "done"]]:
-        """Ritz values (ascending), their vectors in the basis, and the norms of their residuals."""
-        values, mixing = torch.linalg.eigh(self.T[: self.done, : self.done])
-        coupling = self.T[self.done : self.basis.size, : self.done] @ mixing
+    def ritz(self, locked: int = 0) -> tuple[Float[Tensor, "n"], Float[Tensor, "n n"], Float[Tensor, "n"]]:
+        """Ritz values (ascending) of the rows from `locked` on, their vectors, and the norms of their residuals."""
+        values, mixing = torch.linalg.eigh(self.T[locked : self.done, locked : self.done])
+        coupling = self.T[self.done : self.basis.size, locked : self.done] @ mixing
         return values, mixing, torch.linalg.vector_norm(coupling, dim=0)
 
-    def restart(self, keep: Int[Tensor, "kept"], *, drop_pending: bool = False) -> None:
-        """Go on from some Ritz vectors; the pending block follows them unless it is dropped."""
-        values, mixing, _ = self.ritz()
-        kept, pending = len(keep), 0 if drop_pending else self.pending
-        coupling = self.T[self.done : self.done + pending, : self.done] @ mixing[:, keep]
-        self.basis.combine(mixing[:, keep])
-        self.basis.rows[kept : kept + pending] = self.basis.rows[self.done : self.done + pending].clone()
+    def restart(self, mixing: Float[Tensor, "n kept"], *, locked: int = 0) -> None:
+        """Go on from the first `locked` rows, combinations of those that follow, and the pending block."""
+        kept, pending = locked + mixing.shape[1], self.pending
+        mixing = torch.block_diag(torch.eye(locked, dtype=torch.float64), mixing)
+        coupling = self.T[self.done : self.basis.size, : self.done] @ mixing
+        projected = mixing.T @ self.T[: self.done, : self.done] @ mixing
+        self.basis.combine(mixing)
+        self.basis.rows[kept : kept + pending] = self.basis.rows[self.done : self.basis.size].clone()
         self.T.zero_()
-        self.T[range(kept), range(kept)] = values[keep]
+        self.T[:kept, :kept] = projected
         self.T[kept : kept + pending, :kept] = coupling
         self.T[:kept, kept : kept + pending] = coupling.T
         self.done, self.basis.size = kept, kept + pending
+
+    def lock(self, mixing: Float[Tensor, "n kept"], tol: float) -> None:
+        """Keep combinations of the rows alone: what couples them to the pending block, at most tol, is dropped."""
+        self.basis.size = self.done
+        self.locked_residual = max(self.locked_residual, tol)
+        self.restart(mixing)
 
 
 def norm_of(vector: Tensor) -> float:
