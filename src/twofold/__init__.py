@@ -17,7 +17,7 @@ from twofold.curvature.density import spectral_density
 from twofold.curvature.diagonal import diagonal
 from twofold.curvature.eigen import eigsh
 from twofold.curvature.norms import frobenius_norm
-from twofold.curvature.operators import NME, GaussNewton, Hessian
+from twofold.curvature.operators import NME, ActivationNME, GaussNewton, Hessian
 from twofold.curvature.trace import trace
 from twofold.errors import TwofoldError, TwofoldWarning
 from twofold.regularizers import (
@@ -39,6 +39,7 @@ __all__ = [
     "NME",
     "SAM",
     "USAM",
+    "ActivationNME",
     "BetaGELU",
     "Curvature",
     "DiagonalEstimate",

@@ -32,8 +32,8 @@ Weight: TypeAlias = Callable[[Any, Any], float]
 Mode: TypeAlias = Literal["train", "eval"] | None
 """Measure in train or eval mode; None takes the model as it is."""
 
-Matrix: TypeAlias = Literal["hessian", "gauss_newton", "nme"]
-"""One of the three matrices of H = GN + NME."""
+Matrix: TypeAlias = Literal["hessian", "gauss_newton", "nme", "activation_nme", "rest"]
+"""One of the matrices of H = GN + NME and NME = activation NME (what carries phi'') + rest."""
 
 Vectors: TypeAlias = Tensor | Mapping[str, Tensor]
 """[P], [P, K], or a mapping from parameter name to a tensor of the parameter's shape."""

@@ -112,7 +112,8 @@ def test_nothing_is_recorded_twice_without_need():
     assert calls == 1
 
 
-def test_recordings_leave_memory_without_the_garbage_collector():
+@pytest.mark.parametrize("part", ["hessian", "activation_nme"])
+def test_recordings_leave_memory_without_the_garbage_collector(part):
     import gc
     import weakref
 
@@ -120,7 +121,7 @@ def test_recordings_leave_memory_without_the_garbage_collector():
     gc.disable()
     try:
         c = twofold.Curvature(case.model, case.loss_fn, case.batches[0])
-        c.products(torch.ones(c.hessian.shape[0]))
+        c.products(torch.ones(c.hessian.shape[0]), parts=(part,))
         (recording,) = c._products._kept.values()
         ref = weakref.ref(recording.outputs[0])
         del recording, c

@@ -13,7 +13,16 @@ from torch import Tensor
 
 from twofold.activations.beta_gelu import beta_gelu
 
-_PLACES = (torch, torch.Tensor, F, torch._C._nn, torch.special, torch.ops.aten)
+_PLACES = (
+    torch,
+    torch.Tensor,
+    torch._C._VariableFunctions,
+    F,
+    torch._C._nn,
+    torch.special,
+    torch.linalg,
+    torch.ops.aten,
+)
 
 # Name: its spellings, each an attribute looked up in _PLACES (also with "_" appended, the in-place form), or a callable
 # that goes through torch's override protocol.
@@ -47,6 +56,22 @@ SPELLINGS: dict[str, tuple[str | Callable, ...]] = {
 # Piecewise linear with a slope that is learned or drawn at random: the call itself has to stay in the graph.
 FREE_SLOPE = frozenset({"prelu", "rrelu"})
 
+# phi'' is zero wherever there is one.
+PIECEWISE_LINEAR = frozenset(
+    {
+        "hardshrink",
+        "hardsigmoid",
+        "hardtanh",
+        "leaky_relu",
+        "prelu",
+        "relu",
+        "relu6",
+        "rrelu",
+        "softshrink",
+        "threshold",
+    }
+)
+
 # torch keeps only their output for the backward pass, so a model may overwrite their input.
 OUTPUT_KEPT = frozenset({"relu", "sigmoid", "tanh", "tanhshrink"})
 
@@ -76,21 +101,17 @@ BACKWARD: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def _callables() -> dict[Callable, str]:
-    names: dict[Callable, str] = {}
-    for name, spellings in SPELLINGS.items():
-        for spelling in spellings:
-            if callable(spelling):
-                names[spelling] = name
-                continue
-            for place in _PLACES:
-                for attribute in (spelling, spelling + "_"):
-                    if hasattr(place, attribute):
-                        names[getattr(place, attribute)] = name
-    return names
+def spelled(spelling: str | Callable) -> set[Callable]:
+    """Return every callable of torch that a spelling means: function, method and in-place form."""
+    if callable(spelling):
+        return {spelling}
+    attributes = (spelling, spelling + "_")
+    return {getattr(place, name) for place in _PLACES for name in attributes if hasattr(place, name)}
 
 
-CALLABLES = _callables()
+CALLABLES: dict[Callable, str] = {
+    func: name for name, spellings in SPELLINGS.items() for spelling in spellings for func in spelled(spelling)
+}
 
 
 def activation_name(func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:

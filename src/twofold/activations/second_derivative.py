@@ -4,8 +4,8 @@ import math
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ContextDecorator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ContextDecorator, contextmanager
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -111,6 +111,22 @@ def active_second_derivatives() -> tuple[tuple[str, SecondDerivative], ...]:
     return tuple(sorted(_innermost_swaps().items(), key=lambda swap: swap[0]))
 
 
+@contextmanager
+def second_derivatives_on_top() -> Iterator[None]:
+    """Let the stand-ins that hold here be seen before the overrides of torch that were entered after them."""
+    if not _here.active:
+        yield
+        return
+    mode, eager = _here.active[-1]
+    again = _Swapping(mode.swaps, mode.warned)
+    _here.active.append((again, eager))
+    try:
+        with again:
+            yield
+    finally:
+        _here.active.pop()
+
+
 class _Here(threading.local):
     """The contexts entered in this thread, innermost last."""
 
@@ -131,7 +147,7 @@ class _Swapping(TorchFunctionMode):
     def __init__(self, swaps: Mapping[str, SecondDerivative], warned: set[str]) -> None:
         super().__init__()
         self.swaps = swaps
-        self._warned = warned
+        self.warned = warned
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -163,8 +179,8 @@ class _Swapping(TorchFunctionMode):
         return x.copy_(y) if in_place else y
 
     def _warn_not_seen(self, what: str, why: str) -> None:
-        if what not in self._warned:
-            self._warned.add(what)
+        if what not in self.warned:
+            self.warned.add(what)
             warnings.warn(
                 f"second_derivative does not reach {what}: it {why}, which keeps its own second derivative. "
                 "Write that layer with separate activations, or leave its activations out with of=[...].",

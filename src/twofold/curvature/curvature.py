@@ -8,12 +8,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from twofold.curvature.operators import NME, GaussNewton, Hessian, rows_of, same_kind
+from twofold.curvature.operators import NME, ActivationNME, GaussNewton, Hessian, rows_of, same_kind
 from twofold.curvature.probes import check_count, cosine_of, rademacher, root_of, summarise
 from twofold.curvature.products import Products
 from twofold.errors import TwofoldError
 from twofold.types import Estimate, Forward, InnerProduct, LossFn, Matrix, Mode, Params, Vectors, Weight
 
+HALVES: tuple[Matrix, ...] = ("hessian", "gauss_newton", "nme")
 MATRICES: tuple[Matrix, ...] = get_args(Matrix)
 
 
@@ -82,12 +83,20 @@ class Curvature:
         """NME, the nonlinear modeling error."""
         return NME.of(self._products)
 
-    def products(self, vectors: Vectors, parts: Sequence[Matrix] = MATRICES) -> tuple[Any, ...]:
-        """Return the named matrices times v, sharing passes: all three cost 8/3 of a gradient.
+    @cached_property
+    def activation_nme(self) -> ActivationNME:
+        """The part of the NME that carries phi'', the activations' second derivatives."""
+        return ActivationNME.of(self._products)
+
+    def products(self, vectors: Vectors, parts: Sequence[Matrix] = HALVES) -> tuple[Any, ...]:
+        """Return the named matrices times v, sharing passes: H, GN and NME together cost 8/3 of a gradient.
+
+        NME = activation NME + rest, where the first carries the activations' phi'' and the rest is the NME with
+        phi'' = 0; with GN they cost 10/3 of a gradient.
 
         Args:
             vectors: [P], [P, K] or a mapping from parameter names to tensors.
-            parts: which of "hessian", "gauss_newton", "nme", in the order wanted.
+            parts: which of "hessian", "gauss_newton", "nme", "activation_nme", "rest", in the order wanted.
 
         Returns:
             One result for each part, of the same kind as v.
@@ -110,7 +119,7 @@ class Curvature:
         self,
         num_matvecs: int = 64,
         *,
-        parts: Sequence[Matrix] = MATRICES,
+        parts: Sequence[Matrix] = HALVES,
         generator: torch.Generator | None = None,
     ) -> dict[Matrix, Estimate]:
         """Estimate the traces of H, GN and NME from the same Rademacher probes, E v'Av.
@@ -131,7 +140,7 @@ class Curvature:
         self,
         num_matvecs: int = 64,
         *,
-        parts: Sequence[Matrix] = MATRICES,
+        parts: Sequence[Matrix] = HALVES,
         generator: torch.Generator | None = None,
     ) -> dict[Matrix, Estimate]:
         """Estimate the Frobenius norms of H, GN and NME from the same Rademacher probes, E ||Av||^2.

@@ -1,6 +1,7 @@
 """Products of H, GN and NME over a whole data set: recordings kept while they are true, averages exact."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch.utils._pytree import tree_leaves
 from twofold.activations.second_derivative import active_second_derivatives
 from twofold.batches import as_batches, describe, run_forward, to_device
 from twofold.curvature.differentiable import RandomState, borrowed, differentiable_twice, full_precision, unwrap
+from twofold.curvature.dissection import Dissection, Held, Operation
+from twofold.curvature.kinds import recorded_apart
 from twofold.curvature.losses import Loss, as_loss
 from twofold.curvature.recording import Recording, check_reached, saved_bytes
 from twofold.errors import EMPTY_DATA, NOT_FINITE, TwofoldError
@@ -18,7 +21,8 @@ from twofold.parameters import ParameterLayout, select_parameters
 from twofold.types import Forward, LossFn, Matrix, Mode, Params, Weight
 
 DEFAULT_MEMORY = 2**30
-HALVES: tuple[Matrix, ...] = ("gauss_newton", "nme")
+SUMS: dict[Matrix, tuple[Matrix, Matrix]] = {"nme": ("activation_nme", "rest"), "hessian": ("gauss_newton", "nme")}
+ACTIVATIONS = frozenset(SUMS["nme"])
 
 
 class Products:
@@ -26,7 +30,8 @@ class Products:
 
     The loss is the average over the whole set, L = sum_b c_b l_b / sum_b c_b with c_b the terms of batch b (or the
     plain sum where the loss sums), and each product is averaged alike. Recordings are kept for as many batches as
-    `memory` allows and made anew when parameters, buffers, modes or the second_derivative context have changed.
+    `memory` allows and made anew when parameters, buffers, modes or the second_derivative context have changed. The
+    parts of the NME take recordings of their own, made when first asked for.
 
     Args:
         model: any module; compiled and DDP wrappers are looked through.
@@ -64,7 +69,8 @@ class Products:
         self._mode: Mode = mode
         self._memory = DEFAULT_MEMORY if memory is None else memory
         self._random_states = [RandomState()]
-        self._kept: dict[int, Recording] = {}
+        self._kept: dict[tuple[int, tuple[str, ...]], Recording] = {}
+        self._warned: set[str] = set()
         self._num_batches: int | None = None
         self._bytes_each = 0
         self._fingerprint: tuple[Any, Tensor] | None = None
@@ -80,28 +86,66 @@ class Products:
         Returns:
             One tensor [K, P] for each part.
         """
-        # H alone takes one pass through an open gate; beside a half it is the sum of both.
-        halves = tuple(half for half in HALVES if half in parts or "hessian" in parts)
-        basis: tuple[Matrix, ...] = ("hessian",) if set(parts) == {"hessian"} else halves
-        averages = {part: torch.empty_like(rows) for part in basis}
+        # H alone takes one pass through an open gate; otherwise a matrix is the sum of its terms.
+        terms: Sequence[Matrix] = ("hessian",) if set(parts) == {"hessian"} else _terms(parts)
+        if ACTIVATIONS.isdisjoint(parts):
+            found = self._averaged(
+                rows, (), lambda recording, v: dict(zip(terms, recording.products(v, terms), strict=True))
+            )
+        else:
+            found = self.dissected(rows, ("activation",), lambda _: "activation_nme", terms.__contains__)
+            for term in terms:  # a model without activations
+                found.setdefault(term, torch.zeros_like(rows))
+        for whole, halves in SUMS.items():
+            if whole in parts and whole not in found:
+                found[whole] = found[halves[0]] + found[halves[1]]
+        return [found[part] for part in parts]
+
+    @full_precision()
+    def dissected(
+        self,
+        rows: Float[Tensor, "K P"],
+        kinds: Sequence[str],
+        group: Callable[[Operation], str],
+        wanted: Callable[[str], bool],
+    ) -> dict[str, Float[Tensor, "K P"]]:
+        """Return what groups of operations add to the Hessian, times K vectors; see `Dissection.dissect`.
+
+        Args:
+            rows: the vectors, [K, P].
+            kinds: which kinds of operation are told apart.
+            group: the name of the group that an operation belongs to.
+            wanted: which groups to compute.
+        """
+        return self._averaged(rows, kinds, lambda recording, v: recording.dissect(v, group, wanted))
+
+    def _averaged(
+        self,
+        rows: Float[Tensor, "K P"],
+        kinds: Sequence[str],
+        products: Callable[[Any, list[Tensor]], Mapping[str, list[Tensor]]],
+    ) -> dict[str, Float[Tensor, "K P"]]:
+        averages: dict[str, Tensor] = {}
         total, first = 0.0, True
-        for recording in self._recordings():
+        for recording in self._recordings(kinds):
             if recording.count == 0:
                 continue
             total += recording.count
             for k, row in enumerate(rows):
-                products = recording.products(self.layout.unflatten(row), basis)
-                for average, product in zip(averages.values(), products, strict=True):
+                found = products(recording, self.layout.unflatten(row))
+                for name, product in found.items():
+                    if name not in averages:
+                        averages[name] = torch.empty_like(rows) if first else torch.zeros_like(rows)
                     if first:
-                        self.layout.flatten(product, out=average[k])
+                        self.layout.flatten(product, out=averages[name][k])
                     else:
-                        self._average_in(average[k], self.layout.flatten(product), recording.count, total)
-                del products
+                        self._average_in(averages[name][k], self.layout.flatten(product), recording.count, total)
+                for name in averages.keys() - found.keys():
+                    self._average_in(averages[name][k], torch.zeros_like(row), recording.count, total)
+                del found
             first = False
         self._check_total(total)
-        if "hessian" in parts and "hessian" not in basis:
-            averages["hessian"] = averages["gauss_newton"] + averages["nme"]
-        return [averages[part] for part in parts]
+        return averages
 
     @full_precision()
     def loss_and_gradient(self) -> tuple[float, Float[Tensor, "P"]]:
@@ -129,20 +173,23 @@ class Products:
                 "The loss averages over no term at all: every target is ignored (ignore_index), or every weight is 0."
             )
 
-    def _recordings(self) -> Iterator[Recording]:
+    def _recordings(self, kinds: Sequence[str] = ()) -> Iterator[Recording]:
+        kinds = tuple(kinds)
         self._forget_when_stale()
-        if self._num_batches is not None and len(self._kept) == self._num_batches:
-            yield from self._kept.values()
+        kept = {index: recording for (index, of), recording in self._kept.items() if of == kinds}
+        if self._num_batches is not None and len(kept) == self._num_batches:
+            yield from kept.values()
             return
+        del kept
         seen = 0
         for index, batch in enumerate(self._batches):
-            recording = self._kept.get(index)
+            recording = self._kept.get((index, kinds))
             if recording is None:
-                recording = self._record(index, batch)
+                recording = self._record(index, batch, kinds)
                 if index == 0:
                     self._bytes_each = saved_bytes(recording)
                 if index == 0 or (len(self._kept) + 1) * self._bytes_each <= self._memory:
-                    self._kept[index] = recording
+                    self._kept[index, kinds] = recording
             seen = index + 1
             yield recording
             del recording
@@ -157,17 +204,22 @@ class Products:
         if seen > 1 and self._bytes_each > self._memory:
             self._kept.clear()
 
-    def _record(self, index: int, batch: Any) -> Recording:
+    def _record(self, index: int, batch: Any, kinds: Sequence[str]) -> Recording:
+        held = Held()
         with borrowed(self.model, self.parameters, self._mode) as aliases:
             self._random_states[index].restore()
-            with differentiable_twice(self.model):
+            with ExitStack() as stack:
+                stack.enter_context(differentiable_twice(self.model))
+                if kinds:
+                    stack.enter_context(recorded_apart(self.model, kinds, held, self._warned))
                 outputs, targets = run_forward(self._forward, self.model, to_device(batch, self.layout.device))
             if len(self._random_states) == index + 1:
                 after = RandomState()
                 same = after == self._random_states[index]
                 self._random_states.append(self._random_states[index] if same else after)
             check_reached(outputs, self.parameters)
-            recording = Recording(outputs, targets, self.loss, aliases)
+            recorded = (outputs, targets, self.loss, aliases)
+            recording = Dissection(held, *recorded) if kinds else Recording(*recorded)
         if recording.count > 0 and not torch.isfinite(recording.value):
             raise TwofoldError(NOT_FINITE.format(what="loss", came=recording.value.item(), where=f" (batch {index})"))
         return recording
@@ -189,6 +241,16 @@ class Products:
         if self._fingerprint is None or marks != self._fingerprint[0] or not torch.equal(sums, self._fingerprint[1]):
             self._kept.clear()
             self._fingerprint = (marks, sums)
+
+
+def _terms(parts: Sequence[Matrix]) -> list[Matrix]:
+    """The fewest matrices that others are sums of, in a fixed order."""
+    wanted = set(parts)
+    if "hessian" in wanted:
+        wanted |= set(SUMS["hessian"])
+    if "nme" in wanted and not ACTIVATIONS.isdisjoint(wanted):
+        wanted = (wanted | ACTIVATIONS) - {"nme"}
+    return [term for term in ("gauss_newton", "nme", "activation_nme", "rest") if term in wanted]
 
 
 def _version(tensor: Tensor) -> int:

@@ -234,10 +234,14 @@ def _check_once_differentiable(outputs: Sequence[Tensor], gradients: Sequence[Te
 def saved_bytes(recording: Recording) -> int:
     """Bytes that the recorded graphs hold for their backward passes, each piece of memory counted once."""
     storages: dict[int, int] = {}
-    for node in graph_nodes([*recording.outputs, *recording._reverse[0]]):
+    nodes = list(graph_nodes([*recording.outputs, *recording._reverse[0]]))
+    for node in nodes:
         saved = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
         for tensor in tree_leaves([saved, getattr(node, "saved_tensors", ())]):
             if isinstance(tensor, Tensor):
                 storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        # An operation that is told apart keeps a graph of its own.
+        apart = [*getattr(node, "gradients", ()), *getattr(getattr(node, "operation", None), "outputs", ())]
+        nodes += graph_nodes([tensor for tensor in apart if tensor is not None])
     own = {parameter.untyped_storage().data_ptr() for parameter in recording.parameters}
     return sum(size for place, size in storages.items() if place not in own)
