@@ -217,7 +217,7 @@ def test_a_failed_run_is_told_and_the_report_written(run, tmp_path, monkeypatch)
         return "failed", "RuntimeError: no luck"
 
     monkeypatch.setattr(lab_sweep, "_work", no_luck)
-    code, out, err = run("reproduce --scale smoke --workers 1 --out here")
+    code, out, err = run("reproduce 1 --scale smoke --workers 1 --out here")
     assert code == 1
     assert "failed: RuntimeError: no luck" in err
     assert "undecided" in out
