@@ -50,6 +50,80 @@ def test_same_call_same_numbers_and_no_global_randomness(estimator):
     assert estimator(A, 4, generator=generator) != estimator(A, 4, generator=generator)
 
 
+XTRACE_SPECTRA = {
+    "flat": torch.linspace(-1, 2, 100),
+    "decaying": 0.9 ** torch.arange(100.0),
+    "few_large": torch.cat([torch.tensor([20.0, -15, 10]), torch.linspace(-0.1, 0.1, 97)]),
+    "smaller_than_the_basis": torch.linspace(-1, 2, 30),
+}
+
+
+def in_random_directions(values):
+    Q = torch.linalg.qr(torch.randn(len(values), len(values)))[0]
+    return (Q * values) @ Q.T
+
+
+@pytest.mark.parametrize("spectrum", XTRACE_SPECTRA)
+def test_standard_errors_of_xtrace_are_calibrated(spectrum):
+    A = in_random_directions(XTRACE_SPECTRA[spectrum].double())
+    truth, scores = A.trace().item(), []
+    for seed in range(200):
+        found = twofold.trace(A, 48, method="xtrace", generator=torch.Generator().manual_seed(seed))
+        scores.append((found.value - truth) / found.stderr)
+    scores = torch.tensor(scores)
+    assert 0.5 < scores.var().item() < 2
+    assert abs(scores.mean().item()) < 0.5
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_xtrace_is_the_mean_of_its_leave_one_out_estimates(symmetric):
+    """The definition (2301.07825, eq. 2.6 with normalised probes), with one basis built for every probe left out."""
+    A = torch.randn(12, 12)
+    A = A + A.T if symmetric else A
+    probes = torch.randn(12, 4, generator=torch.Generator().manual_seed(1))
+    probes *= 12**0.5 / probes.norm(dim=0)
+    samples = []
+    for i in range(4):
+        others = [j for j in range(4) if j != i]
+        Q = torch.linalg.qr(A @ probes[:, others])[0]
+        rest = probes[:, i] - Q @ (Q.T @ probes[:, i])
+        samples.append((Q.T @ A @ Q).trace() + rest @ A @ rest * (12 - 3) / rest.square().sum())
+    found = twofold.trace(A, 9, method="xtrace", generator=torch.Generator().manual_seed(1))
+    assert found.value == pytest.approx(torch.stack(samples).mean().item(), rel=1e-10)
+    assert found.num_matvecs == 8
+
+
+def test_xtrace_is_exact_for_low_rank_and_for_small_matrices():
+    basis = torch.randn(80, 5)
+    A = basis @ torch.diag(torch.tensor([3.0, 2, 1, -1, -4])) @ basis.T
+    found = twofold.trace(A, 20, method="xtrace")
+    assert found.value == pytest.approx(A.trace().item(), rel=1e-10)
+    assert found.num_matvecs == 15
+    assert twofold.trace(torch.zeros(9, 9), 6, method="xtrace").value == 0
+    small = torch.randn(4, 4)
+    found = twofold.trace(small, 30, method="xtrace")
+    assert found.value == pytest.approx(small.trace().item(), rel=1e-9)
+    assert found.num_matvecs == 8
+    single = twofold.trace(A.float(), 20, method="xtrace")
+    assert single.value == pytest.approx(A.trace().item(), rel=1e-4)
+
+
+def test_xtrace_beats_hutchinson_where_few_eigenvalues_rule():
+    A = in_random_directions(XTRACE_SPECTRA["few_large"])
+    found = twofold.trace(A, 24, method="xtrace")
+    assert found.stderr < twofold.trace(A, 24).stderr / 20
+    assert abs(found.value - A.trace().item()) < 4 * found.stderr
+    assert found.value == pytest.approx(twofold.trace(A.numpy(), 24, method="xtrace").value, rel=1e-10)
+
+
+def test_bad_arguments_of_trace_are_refused():
+    with pytest.raises(TwofoldError, match="method"):
+        twofold.trace(torch.eye(3), method="hutch++")
+    with pytest.raises(TwofoldError, match="at least 2"):
+        twofold.trace(torch.eye(3), 1, method="xtrace")
+    assert math.isnan(twofold.trace(torch.randn(9, 9), 2, method="xtrace").stderr)
+
+
 def test_numpy_and_scipy_operators_are_understood():
     A = torch.randn(9, 9)
     for other in (A.numpy(), aslinearoperator(A.numpy())):
@@ -81,6 +155,35 @@ def test_curvature_shares_probes_among_its_matrices():
         assert alone.stderr == pytest.approx(traces[part].stderr)
     with pytest.raises(TwofoldError, match="parts"):
         c.traces(4, parts=("hesian",))
+
+
+def test_inner_product_of_the_halves():
+    case = CASES["mlp"]()
+    c = twofold.Curvature(case.model, case.loss_fn, case.batches)
+    G, N = c.gauss_newton.to_dense(), c.nme.to_dense()
+    inner = (G * N).sum().item()
+    cosine = inner / (G.norm() * N.norm()).item()
+    scores = []
+    for seed in range(200):
+        found = c.inner(24, generator=torch.Generator().manual_seed(seed))
+        scores.append(
+            [(found.value.value - inner) / found.value.stderr, (found.cosine.value - cosine) / found.cosine.stderr]
+        )
+    variance = torch.tensor(scores).var(0)
+    assert ((variance > 0.5) & (variance < 2)).all()
+    found, norms = c.inner(50), c.frobenius(50)
+    assert found.value.num_matvecs == found.cosine.num_matvecs == 50
+    squares = {part: norm.value**2 for part, norm in norms.items()}
+    difference = squares["hessian"] - squares["gauss_newton"] - squares["nme"]
+    assert found.value.value == pytest.approx(difference / 2)
+    assert "cosine" in str(found)
+
+
+def test_the_cosine_with_nothing_is_unknown():
+    case = CASES["linear"]()
+    found = twofold.Curvature(case.model, case.loss_fn, case.batches).inner(4)
+    assert found.value.value == 0
+    assert math.isnan(found.cosine.value)
 
 
 def test_an_estimate_reads_well():

@@ -70,7 +70,8 @@ def spectral_density(
     nodes, weights = (torch.stack(parts) for parts in zip(*(rule[:2] for rule in rules), strict=True))
     low, high = nodes.min().item(), nodes.max().item()
     if sigma is None:
-        sigma = (high - low or abs(high) or 1.0) / 100
+        # Nodes of a multiple of the identity differ by rounding alone.
+        sigma = (max(high - low, 1e-4 * max(abs(low), abs(high))) or 1.0) / 100
         sigma = sigma if grid is None else max(sigma, (grid[-1] - grid[0]).item() / (len(grid) - 1))
     if grid is None:
         low, high = low - _MARGIN * sigma, high + _MARGIN * sigma
