@@ -85,22 +85,25 @@ class Line:
     dash: str = "-"
 
 
-def strength_curves(axes: Axes, lines: Sequence[Line], column: str, within: tuple[float, float] | None = None) -> None:
-    """Draw `column` against rho with its 95 % intervals as bars.
+def strength_curves(
+    axes: Axes, lines: Sequence[Line], column: str, within: tuple[float, float] | None = None, axis: str = "rho"
+) -> None:
+    """Draw `column` against rho, or another axis, with its 95 % intervals as bars.
 
-    Each rho is one step of the axis. A hollow marker says that runs behind the point diverged.
+    Each value of the axis is one step. A hollow marker says that runs behind the point diverged.
 
     Args:
         axes: the panel.
-        lines: the curves; their rows have rho, diverged, and the column with its _low and _high.
+        lines: the curves; their rows have the axis, diverged, and the column with its _low and _high.
         column: what is drawn.
         within: values that can occur at all; bars are cut there.
+        axis: the column of the rows that is the x axis.
     """
-    strengths = sorted({strength for line in lines for strength in line.rows["rho"]})
+    strengths = sorted({strength for line in lines for strength in line.rows[axis]})
     place = {strength: i for i, strength in enumerate(strengths)}
     for i, line in enumerate(lines):
         shift = 0.09 * (i - (len(lines) - 1) / 2)
-        x = line.rows["rho"].map(place) + shift
+        x = line.rows[axis].map(place) + shift
         y, low, high = (line.rows[column + end] for end in ("", "_low", "_high"))
         axes.vlines(x, low, high, color=line.colour, linewidth=1.3, alpha=0.55)
         axes.plot(x, y, color=line.colour, linestyle=line.dash, marker=line.marker, label=line.label)
@@ -108,7 +111,7 @@ def strength_curves(axes: Axes, lines: Sequence[Line], column: str, within: tupl
         axes.plot(x[hollow], y[hollow], color=line.colour, linestyle="", marker=line.marker, markerfacecolor="white")
     axes.set_xticks(range(len(strengths)), [f"{strength:g}" for strength in strengths])
     axes.set_xlim(-0.4, len(strengths) - 0.6)
-    axes.set_xlabel("rho")
+    axes.set_xlabel(axis)
     _show_means(axes, pd.concat([line.rows for line in lines]), column, within)
 
 

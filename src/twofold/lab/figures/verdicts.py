@@ -11,7 +11,7 @@ The rule, with d the paired difference in the direction that the finding claims 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ import pandas as pd
 from scipy import stats
 
 from twofold.errors import TwofoldError
+from twofold.lab.figures.scales import Scale
 
 SHOWS, DOES_NOT_SHOW, OPPOSITE, UNDECIDED = "shows", "does not show", "opposite", "undecided"
 CONFIDENCE = 0.95
@@ -118,6 +119,46 @@ def decide(difference: Interval, smallest: float) -> str:
     if -smallest < difference.low and difference.high < smallest:
         return DOES_NOT_SHOW
     return UNDECIDED
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A claim that one paired effect decides.
+
+    Attributes:
+        text: what the paper claims.
+        rule: how the effect is computed.
+        effect: runs of one data set -> the effect by seed, positive in the direction of the claim.
+        smallest: the smallest effect that matters, in the same unit.
+    """
+
+    text: str
+    rule: str
+    effect: Callable[[pd.DataFrame], pd.Series]
+    smallest: float = 1.0
+
+
+def judge(findings: Sequence[Finding], table: pd.DataFrame, scale: Scale, figure: int) -> list[Verdict]:
+    """Decide every finding on every data set in the table."""
+    found = []
+    for data, runs in table.groupby("data.name"):
+        for finding in findings:
+            interval = confidence_interval(finding.effect(runs))
+            verdict = Verdict(
+                finding=finding.text,
+                figure=figure,
+                rule=finding.rule,
+                effect=interval.mean,
+                low=interval.low,
+                high=interval.high,
+                verdict=decide(interval, finding.smallest),
+                seeds=interval.count,
+                diverged=int(runs["status"].eq("diverged").sum()),
+                scale=scale.name,
+                data=str(data),
+            )
+            found.append(verdict)
+    return found
 
 
 def _rounded(value: float) -> float | None:
