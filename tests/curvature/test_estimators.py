@@ -77,7 +77,7 @@ def test_standard_errors_of_xtrace_are_calibrated(spectrum):
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_xtrace_is_the_mean_of_its_leave_one_out_estimates(symmetric):
-    """The definition (2301.07825, eq. 2.6 with normalised probes), with one basis built for every probe left out."""
+    """The definition (2301.07825, with normalisation), with one basis built for every probe left out."""
     A = torch.randn(12, 12)
     A = A + A.T if symmetric else A
     probes = torch.randn(12, 4, generator=torch.Generator().manual_seed(1))

@@ -58,8 +58,7 @@ def trace(
         >>> float(trace(torch.diag(torch.tensor([1.0, 2.0, 3.0])), num_matvecs=4))
         6.0
 
-    Source: Hutchinson 1990, Commun. Stat. Simul. Comput. 19(2); XTrace: 2301.07825, section 2.1 with the normalisation
-    of section 2.3.
+    Source: Hutchinson 1990, Commun. Stat. Simul. Comput. 19(2); XTrace, normalised: 2301.07825.
     """
     check_square(operator)
     if method == "hutchinson":
