@@ -161,6 +161,17 @@ def test_what_did_not_converge_says_so():
     assert (nearest <= found.residuals).all()
 
 
+@pytest.mark.filterwarnings("ignore::twofold.TwofoldWarning")
+@pytest.mark.parametrize("size", [7, 60])
+@pytest.mark.parametrize("block_size", [1, 4, 7])
+def test_the_budget_is_kept(size, block_size):
+    least = 2 * 5 + block_size - 1
+    for budget in range(least, least + 30):
+        found = twofold.eigsh(symmetric(torch.randn(size)), 5, max_matvecs=budget, block_size=block_size)
+        assert found.vectors.shape == (size, 5)
+        assert found.num_matvecs <= budget
+
+
 @pytest.mark.parametrize("size", [2, 10, 200])
 def test_an_operator_that_is_not_symmetric_is_refused(size):
     with pytest.raises(TwofoldError, match="not symmetric"):

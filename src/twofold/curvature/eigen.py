@@ -37,7 +37,8 @@ def eigsh(
     shows one vector of a multiple eigenvalue: once k pairs have converged, a second look from a random vector that is
     orthogonal to them searches for what was missed, and the iteration goes on with what it finds. The look ends when a
     missed eigenvalue would have shown with a probability of 95 %, or after half as many products as came before it
-    (basis_size - k at least). A space that fits the basis (P <= basis_size) is solved densely, by P products.
+    (basis_size - k at least). A space that fits the basis (P <= basis_size) is solved densely, by P
+    products and k more for the residuals.
 
     Args:
         operator: anything with .shape (P, P) and @: a twofold operator, a tensor, a SciPy operator.
@@ -46,7 +47,7 @@ def eigsh(
             (one more from the high end if k is odd).
         tol: a pair has converged when ||A v - lambda v|| <= tol * max|lambda|; None means 1e-8 in float64 and 1e-5 in
             float32. The error of a separated eigenvalue is of the order of tol^2.
-        max_matvecs: most matrix-vector products; None means max(1000, 50 k).
+        max_matvecs: most matrix-vector products, k for the residuals among them; None means max(1000, 50 k).
         block_size: vectors multiplied at once, as A @ [P, block_size]. More than one finds multiple eigenvalues
             sooner, and pays where a product with several vectors is cheaper than several products.
         basis_size: vectors [P] held in memory, block_size more at times; None means max(2 k, k + 20) for blocks of
@@ -83,7 +84,7 @@ def eigsh(
     basis_size = max(2 * k, k + 10 * (block_size + 1)) if basis_size is None else basis_size
     check_count(basis_size, "basis_size", at_least=min(k + 2 * block_size, size))
     max_matvecs = max(1000, 50 * k) if max_matvecs is None else max_matvecs
-    check_count(max_matvecs, "max_matvecs", at_least=2 * k)
+    check_count(max_matvecs, "max_matvecs", at_least=2 * k + block_size - 1)
     dtype, _ = vectors_of(operator)
     tol = (1e-8 if dtype == torch.float64 else 1e-5) if tol is None else tol
     if not 0 <= tol < 1:
@@ -92,7 +93,7 @@ def eigsh(
     given = None if v0 is None else _check_start(v0, size)
     krylov = Krylov(operator, min(basis_size, size), block_size, generator)
     tol = max(tol, 4 * ROUNDING * krylov.eps)
-    if size <= basis_size and size <= max_matvecs:
+    if size <= basis_size and size + k <= max_matvecs:
         krylov.span_everything()
     else:
         krylov.start(given)
