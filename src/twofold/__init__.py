@@ -12,20 +12,28 @@ Example:
 
 from twofold.activations import BetaGELU, beta_gelu, gaussian, second_derivative
 from twofold.batches import causal_lm_forward
+from twofold.curvature.anatomy import Anatomy, anatomy
 from twofold.curvature.curvature import Curvature
 from twofold.curvature.density import spectral_density
 from twofold.curvature.diagonal import diagonal
 from twofold.curvature.eigen import eigsh
+from twofold.curvature.liveness import live_fraction
 from twofold.curvature.norms import frobenius_norm
 from twofold.curvature.operators import NME, ActivationNME, GaussNewton, Hessian
 from twofold.curvature.trace import trace
 from twofold.errors import TwofoldError, TwofoldWarning
 from twofold.regularizers import (
+    ASAM,
+    GSAM,
     SAM,
     USAM,
+    WSAM,
+    EigenSAM,
+    FriendlySAM,
     GaussNewtonTrace,
     GradientPenalty,
     HessianTrace,
+    LookSAM,
     Regularizer,
     SharpnessAware,
     WeightNoise,
@@ -36,33 +44,42 @@ from twofold.types import DiagonalEstimate, Eigenpairs, Estimate, InnerProduct, 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ASAM",
+    "GSAM",
     "NME",
     "SAM",
     "USAM",
+    "WSAM",
     "ActivationNME",
+    "Anatomy",
     "BetaGELU",
     "Curvature",
     "DiagonalEstimate",
+    "EigenSAM",
     "Eigenpairs",
     "Estimate",
+    "FriendlySAM",
     "GaussNewton",
     "GaussNewtonTrace",
     "GradientPenalty",
     "Hessian",
     "HessianTrace",
     "InnerProduct",
+    "LookSAM",
     "Regularizer",
     "SharpnessAware",
     "SpectralDensity",
     "TwofoldError",
     "TwofoldWarning",
     "WeightNoise",
+    "anatomy",
     "beta_gelu",
     "causal_lm_forward",
     "diagonal",
     "eigsh",
     "frobenius_norm",
     "gaussian",
+    "live_fraction",
     "matched_sigma",
     "second_derivative",
     "spectral_density",

@@ -125,6 +125,7 @@ def test_the_table_has_a_row_a_run_with_dotted_fields(tmp_path, directory):
     assert table["regularizer.strength"].tolist() == [0.1, 0.0]
     assert table["regularizer.options.p"].isna().tolist() == [False, True]
     assert table["test/accuracy"].tolist() == [load_run(d.path).final["test/accuracy"] for d in (other, directory)]
+    assert table["metrics"][1].equals(load_run(directory.path).metrics)
     assert sorted(load_table(tmp_path)["id"]) == sorted(ids)
     with pytest.raises(TwofoldError, match=r"absent.*no run directory"):
         load_table(tmp_path, ["absent"])

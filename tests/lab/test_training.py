@@ -295,6 +295,7 @@ def test_curvature_is_measured_on_the_probe_every_so_many_epochs():
     measured = metrics.filter(like="curvature/")
     assert measured.notna().all(axis=1).tolist() == [True, False, False, True, True]
     assert measured.notna().any(axis=1).tolist() == [True, False, False, True, True]
+    assert metrics["activation/live_fraction"].dropna().tolist() == [1.0, 1.0, 1.0]  # GELU near its bend
     data = load(config.data)
     model = build(config.model, data.input_shape, 10, derive_seed("model", config.seed))
     inputs, targets = (tensor[:32] for tensor in data.train)

@@ -259,6 +259,8 @@ def load_runs(out: Path, ids: Sequence[str] | None = None) -> list[Run]:
 def load_table(out: Path, ids: Sequence[str] | None = None) -> pd.DataFrame:
     """One row a run: id, status, every field of its configuration ("regularizer.strength"), its final metrics.
 
+    Under "metrics" each row holds the run's whole table, one row an epoch.
+
     Args:
         out: the output directory.
         ids: which runs, in this order; None takes all.
@@ -268,7 +270,8 @@ def load_table(out: Path, ids: Sequence[str] | None = None) -> pd.DataFrame:
     """
     rows = []
     for run in load_runs(out, ids):
-        rows.append({"id": run.id, "status": run.status, **flatten(run.config.to_dict()), **run.final})
+        row = {"id": run.id, "status": run.status, "metrics": run.metrics}
+        rows.append({**row, **flatten(run.config.to_dict()), **run.final})
     return pd.DataFrame(rows)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from twofold.activations import gaussian, second_derivative
 from twofold.curvature.curvature import Curvature
+from twofold.curvature.liveness import live_fraction
 from twofold.errors import TwofoldError
 from twofold.lab.config import OptimizerConfig, RegularizerConfig, RunConfig
 from twofold.lab.data import Dataset, TensorPair, augment, load
@@ -56,7 +57,8 @@ def train(
 
     Columns: epoch, step, lr; loss and accuracy (from 0 to 1) as "train/loss", "validation/accuracy", ..., where train
     has the noisy labels that are trained on. Where curvature is measured, "curvature/<matrix>/<quantity>" and the same
-    with "_stderr": matrix is hessian, gauss_newton or nme, quantity is trace or frobenius_norm.
+    with "_stderr": matrix is hessian, gauss_newton or nme, quantity is trace or frobenius_norm; and
+    "activation/live_fraction", the fraction of activation inputs at which phi'' is not 0.
 
     Args:
         config: what to run.
@@ -233,10 +235,13 @@ def evaluate(model: nn.Module, data: Dataset) -> Row:
 
 
 def measure_curvature(config: RunConfig, model: nn.Module, examples: TensorPair) -> Row:
-    """Traces and Frobenius norms of H, GN and NME on the first `curvature_probe` of the examples, in eval mode."""
+    """Traces and Frobenius norms of H, GN and NME, and the live fraction of phi'', in eval mode.
+
+    All on the first `curvature_probe` of the examples.
+    """
     batch = tuple(tensor[: config.curvature_probe] for tensor in examples)
     curvature = Curvature(model, F.cross_entropy, batch, mode="eval")
-    row: Row = {}
+    row: Row = {"activation/live_fraction": live_fraction(model, batch, mode="eval")}
     for quantity, measure in (("trace", curvature.traces), ("frobenius_norm", curvature.frobenius)):
         for matrix, estimate in measure(num_matvecs=config.curvature_matvecs).items():
             key = f"curvature/{matrix}/{quantity}"
