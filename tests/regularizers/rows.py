@@ -10,7 +10,20 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, grad, hessian, jacrev, jvp
 
-from twofold.regularizers import SAM, USAM, GaussNewtonTrace, GradientPenalty, HessianTrace, WeightNoise
+from twofold.regularizers import (
+    ASAM,
+    GSAM,
+    SAM,
+    USAM,
+    WSAM,
+    EigenSAM,
+    FriendlySAM,
+    GaussNewtonTrace,
+    GradientPenalty,
+    HessianTrace,
+    LookSAM,
+    WeightNoise,
+)
 
 
 class Problem:
@@ -73,6 +86,37 @@ def sam(problem, rho, mask):
 
 def usam(problem, rho, mask):
     return problem.gradient(problem.theta + rho * problem.gradient() * mask)
+
+
+def asam(problem, rho, mask, eta=0.01):
+    T = problem.theta.abs() + eta
+    biases = problem.mask([name for name in problem.parameters if name.endswith("bias")]).bool()
+    T = torch.where(biases, torch.ones_like(T), T)
+    g = problem.gradient() * mask
+    return problem.gradient(problem.theta + rho * T * T * g / ((T * g).norm() + 1e-12))
+
+
+def wsam(problem, rho, mask, gamma=0.9):
+    a = gamma / (1 - gamma)
+    return (1 - a) * problem.gradient() + a * sam(problem, rho, mask)
+
+
+def gsam(problem, rho, mask, alpha=0.4):
+    g, uphill = problem.gradient(), sam(problem, rho, mask)
+    return uphill - alpha * mask * (g - (g * mask) @ unit(uphill * mask) * unit(uphill * mask))
+
+
+def top_eigenvector(problem, mask):
+    chosen = mask.bool()
+    vector = torch.zeros_like(mask)
+    vector[chosen] = torch.linalg.eigh(problem.matrix("hessian")[chosen][:, chosen]).eigenvectors[:, -1]
+    return vector
+
+
+def eigen_sam(problem, rho, mask, alpha=0.2):
+    direction, v = unit(problem.gradient() * mask), top_eigenvector(problem, mask)
+    u = direction + alpha * (direction @ v).sign() * (v - direction @ v * direction)
+    return problem.gradient(problem.theta + rho * u)
 
 
 def penalty(problem, rho, mask, kind="hessian", p=1):
@@ -176,13 +220,30 @@ class Row:
     passes: int = 1
     closure: bool = False
     draws: bool = False
+    remembers: bool = False
     half_precision: bool = True
     tolerance: float = 1e-9
+
+
+class Decoupled(WSAM):
+    """Attached to an optimiser over whatever model it is given; what follows the step is part of the update."""
+
+    def backward(self, model, *arguments, **options):
+        if self._optimizer is None:
+            self.attach(torch.optim.SGD(model.parameters(), lr=1.0))
+        return super().backward(model, *arguments, **options)
 
 
 ROWS = {
     "SAM": Row(lambda s, **o: SAM(rho=s, **o), sam, 2, closure=True),
     "USAM": Row(lambda s, **o: USAM(rho=s, **o), usam, 2, closure=True),
+    "ASAM": Row(lambda s, **o: ASAM(rho=s, **o), asam, 2, closure=True),
+    "WSAM": Row(lambda s, **o: WSAM(rho=s, decoupled=False, **o), wsam, 2, closure=True),
+    "WSAM decoupled": Row(lambda s, **o: Decoupled(rho=s, gamma=0.8, **o), partial(wsam, gamma=0.8), 2, closure=True),
+    "EigenSAM": Row(lambda s, **o: EigenSAM(rho=s, **o), eigen_sam, 3, tolerance=1e-2),
+    "GSAM": Row(lambda s, **o: GSAM(rho=s, **o), gsam, 2, closure=True),
+    "FriendlySAM": Row(lambda s, **o: FriendlySAM(rho=s, **o), sam, 2, closure=True, remembers=True),
+    "LookSAM": Row(lambda s, **o: LookSAM(rho=s, **o), sam, 2, closure=True, remembers=True),
     "GradientPenalty": Row(lambda s, **o: GradientPenalty(rho=s, **o), penalty),
     "GradientPenalty GN": Row(
         lambda s, **o: GradientPenalty(rho=s, curvature="gauss_newton", **o), partial(penalty, kind="gauss_newton")
@@ -248,3 +309,16 @@ def flat(model):
     return torch.cat(
         [torch.zeros(p.numel()).to(p) if p.grad is None else p.grad.reshape(-1) for p in model.parameters()]
     )
+
+
+def update(model, regularizer, scale=1.0):
+    """What moves the weights at a learning rate of 1: .grad, and what decoupled WSAM adds after the step."""
+    gradient = flat(model) / scale
+    if not isinstance(regularizer, Decoupled) or regularizer.memory.arrived is None:
+        return gradient
+    return gradient + torch.cat([tensor.reshape(-1) for tensor in regularizer.memory.arrived])
+
+
+def attached(regularizer, model):
+    """So that several backward calls belong to one step."""
+    return regularizer.attach(torch.optim.SGD(model.parameters(), lr=1.0))

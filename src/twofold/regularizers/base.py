@@ -1,16 +1,18 @@
 """Regularizer: `backward(model, loss_fn, batch)` in place of `loss.backward()`."""
 
+import copy
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from twofold.batches import describe
 from twofold.curvature.differentiable import ModuleState, unwrap
@@ -18,6 +20,8 @@ from twofold.curvature.losses import as_loss
 from twofold.errors import TwofoldError, TwofoldWarning
 from twofold.parameters import norm, select_parameters
 from twofold.regularizers.gradients import Gradients, accumulate, add_scaled
+from twofold.regularizers.memory import Memory
+from twofold.regularizers.microbatches import joined, split
 from twofold.regularizers.passes import ModelPasses, Passes, RandomSources
 from twofold.types import Forward, LossFn, Params
 
@@ -33,11 +37,13 @@ class Direction:
         loss: the loss to report, detached.
         gradients: what goes to the optimiser in place of the gradient.
         diagnostics: scalars by name.
+        memory: what this batch adds to the regularizer's memory, averaged over a step as the gradient is.
     """
 
     loss: Tensor
     gradients: Gradients
     diagnostics: dict[str, Tensor | float]
+    memory: Sequence[Tensor] | None = None
 
 
 def plain(passes: Passes) -> Direction:
@@ -53,6 +59,7 @@ class Regularizer(ABC):
     Args:
         params: names or glob patterns of the parameters that are perturbed or penalised; None means all that are
             trained. Every trained parameter gets its gradient in any case.
+        interval: work on every interval-th step, from the first on, and hand on the plain gradient between them.
         microbatches: split each batch along its first dimension into this many parts with a perturbation each
             (m-sharpness); their gradients are averaged with exact weights.
         share_masks: let all passes over a batch see the same random draws (dropout masks).
@@ -61,16 +68,24 @@ class Regularizer(ABC):
 
     Attributes:
         skipped: how many gradients were not finite and so were left out.
+        steps: how many steps of the attached optimiser have been made; without one, each backward counts as a step.
+        memory: what is kept from one step to the next.
     """
 
     params: Params = field(default=None, repr=False)
+    interval: int = field(default=1, repr=False)
     microbatches: int = field(default=1, repr=False)
     share_masks: bool = field(default=True, repr=False)
     generator: torch.Generator | None = field(default=None, repr=False)
     skipped: int = field(default=0, init=False, repr=False)
+    steps: int = field(default=0, init=False, repr=False)
+    memory: Memory = field(default_factory=Memory, init=False, repr=False)
+    _optimizer: Optimizer | None = field(default=None, init=False, repr=False)
+    _hook: RemovableHandle | None = field(default=None, init=False, repr=False)
     _diagnostics: dict[str, Tensor | float] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        check_count("interval", self.interval)
         check_count("microbatches", self.microbatches)
         if not isinstance(self.share_masks, bool):
             raise TwofoldError(f"share_masks must be True or False; {self.share_masks!r} came.")
@@ -80,6 +95,53 @@ class Regularizer(ABC):
     @abstractmethod
     def direction(self, passes: Passes) -> Direction:
         """Return the loss of one batch and the gradient to hand on."""
+
+    def between(self, passes: Passes) -> Direction:
+        """Return what is handed on in the steps between those of the interval."""
+        return plain(passes)
+
+    def of_this_step(self, passes: Passes) -> Direction:
+        """Return `direction` on every interval-th step, and `between` on the others."""
+        return self.between(passes) if self.steps % self.interval else self.direction(passes)
+
+    def attach(self, optimizer: Optimizer) -> Self:
+        """Count the steps of this optimiser, and read its learning rates, from now on.
+
+        Needed wherever gradients are accumulated and something depends on the step: an interval, a schedule, an
+        average. A copy and an unpickled regularizer are to be attached anew; `SharpnessAware` attaches its own.
+
+        Args:
+            optimizer: the one that steps with the gradients of this regularizer.
+
+        Returns:
+            The regularizer itself.
+
+        Raises:
+            TwofoldError: it is no torch optimiser.
+
+        Example:
+            >>> from twofold.regularizers import SAM
+            >>> optimizer = torch.optim.SGD(nn.Linear(3, 2).parameters(), lr=0.1)
+            >>> regularizer = SAM(rho=0.05, interval=2).attach(optimizer)
+        """
+        if not isinstance(optimizer, Optimizer):
+            raise TwofoldError(f"attach takes the torch.optim.Optimizer that steps; {describe(optimizer)} came.")
+        if self._hook is not None:
+            self._hook.remove()
+        self._optimizer = optimizer
+        self._hook = optimizer.register_step_post_hook(lambda *_: self._stepped())
+        return self
+
+    def after_step(self) -> None:
+        """Digest what arrived in the memory during the step that ends."""
+        self.memory.drop()
+
+    def _stepped(self) -> None:
+        self.after_step()
+        self.steps += 1
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_optimizer": None, "_hook": None}
 
     @property
     def diagnostics(self) -> dict[str, float]:
@@ -125,8 +187,11 @@ class Regularizer(ABC):
         parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         chosen = self._chosen_among(model, parameters)
         scale = 1.0 if scaler is None else _scale_of(scaler, next(iter(parameters.values())))
-        pieces = [batch] if self.microbatches == 1 else _split(batch, self.microbatches)
+        pieces = [batch] if self.microbatches == 1 else split(batch, self.microbatches)
         before = _Snapshot(model, self.generator)
+        remembered = copy.copy(self.memory)
+        if self.memory.arrived is not None and _is_fresh(parameters.values()):
+            self.memory.drop()
         try:
             passes = [
                 ModelPasses(
@@ -137,6 +202,7 @@ class Regularizer(ABC):
                     scale,
                     parameters=list(parameters.values()),
                     chosen=chosen,
+                    names=list(parameters),
                     source=self.generator,
                     share_masks=self.share_masks,
                     start=before.random.shared if piece is pieces[0] else None,
@@ -146,13 +212,18 @@ class Regularizer(ABC):
             direction = self._average(loss_fn, passes)
         except BaseException:
             before.restore()
+            self.memory = remembered
             raise
         if scaler is not None or self.accepts(direction.gradients):
             accumulate(list(parameters.values()), direction.gradients, weight * scale)
+            if direction.memory is not None:
+                self.memory.add(direction.memory, weight)
         self.report(direction.diagnostics)
+        if self._optimizer is None:
+            self._stepped()
         if not return_outputs:
             return direction.loss
-        return direction.loss, _joined([one.outputs for one in passes])
+        return direction.loss, joined([one.outputs for one in passes])
 
     def _chosen_among(self, model: nn.Module, trained: dict[str, nn.Parameter]) -> list[int]:
         if not trained:
@@ -166,15 +237,19 @@ class Regularizer(ABC):
     def _average(self, loss_fn: LossFn, passes: Sequence[ModelPasses]) -> Direction:
         """Run the algorithm on each part and average with the weights that the loss gives to the parts."""
         if len(passes) == 1:
-            return self.direction(passes[0])
+            return self.of_this_step(passes[0])
         loss = as_loss(loss_fn)
         sums: Gradients = [None for _ in passes[0].parameters]
+        memory: list[Tensor] | None = None
         parts: list[tuple[float, Direction]] = []
         for one in passes:
-            part = self.direction(one)
+            part = self.of_this_step(one)
             count = loss.count(one.outputs, one.targets)
             if count > 0 or (one is passes[-1] and not parts):
                 sums = [add_scaled(known, new, count) for known, new in zip(sums, part.gradients, strict=True)]
+                if part.memory is not None:
+                    scaled = torch._foreach_mul(list(part.memory), count)
+                    memory = list(scaled if memory is None else torch._foreach_add(memory, scaled))
                 parts.append((count, Direction(part.loss, [], part.diagnostics)))
         counted = sum(count for count, _ in parts) or 1.0
         total = counted if loss.averages else 1.0
@@ -186,6 +261,7 @@ class Regularizer(ABC):
                 for name in parts[0][1].diagnostics
                 if all(name in part.diagnostics for _, part in parts)
             },
+            None if memory is None else list(torch._foreach_div(memory, total)),
         )
 
     def report(self, diagnostics: dict[str, Tensor | float]) -> None:
@@ -205,13 +281,19 @@ class Regularizer(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on bit for bit."""
-        return {"skipped": self.skipped, "generator": None if self.generator is None else self.generator.get_state()}
+        return {
+            "skipped": self.skipped,
+            "steps": self.steps,
+            "memory": self.memory.state_dict(),
+            "generator": None if self.generator is None else self.generator.get_state(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` gave.
 
         Raises:
-            TwofoldError: when the state is of another kind, or has a generator where this regularizer has none.
+            TwofoldError: when the state is of another kind, or has a generator where this regularizer has none; what
+                was there stays. Memory that does not fit the model is refused by the next backward.
         """
         expected = self.state_dict().keys()
         if not isinstance(state, Mapping) or state.keys() != expected:
@@ -220,9 +302,12 @@ class Regularizer(ABC):
             )
         if (state["generator"] is None) != (self.generator is None):
             raise TwofoldError("The state and the regularizer must both have a generator, or neither.")
+        memory = Memory()
+        memory.load_state_dict(state["memory"])
         if self.generator is not None:
             self.generator.set_state(state["generator"])
-        self.skipped = state["skipped"]
+        self.memory = memory
+        self.skipped, self.steps = state["skipped"], state["steps"]
 
 
 NOT_HANDED_ON = """\
@@ -252,6 +337,11 @@ def _held(module: nn.Module) -> list[Tensor]:
     return [tensor for tensor in held if tensor is not None and not tensor.requires_grad]
 
 
+def _is_fresh(parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether an accumulation begins: nothing stands in .grad."""
+    return all(parameter.grad is None or not parameter.grad.any() for parameter in parameters)
+
+
 def _scale_of(scaler: Any, like: Tensor) -> float:
     if not callable(getattr(scaler, "scale", None)):
         raise TwofoldError(f"scaler must be a torch.amp.GradScaler; {describe(scaler)} came.")
@@ -265,32 +355,6 @@ def _refuse_parallel(model: nn.Module) -> None:
             "reg.backward does not average gradients over processes, so the copies of a DistributedDataParallel model "
             "would drift apart. Use SharpnessAware(optimizer, reg).step(closure): its passes go through the wrapper."
         )
-
-
-def _split(batch: Any, num_parts: int) -> list[Any]:
-    """Split every tensor of a batch along its first dimension."""
-    tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
-    sizes = {tensor.shape[0] if tensor.dim() else 0 for tensor in tensors}
-    if len(sizes) != 1 or not num_parts <= min(sizes):
-        raise TwofoldError(
-            f"microbatches={num_parts} splits every tensor of the batch along its first dimension, which must be the "
-            f"same and at least {num_parts}; the batch is {describe(batch)}."
-        )
-    leaves, spec = tree_flatten(batch)
-    cut = [leaf.tensor_split(num_parts) if isinstance(leaf, Tensor) else [leaf] * num_parts for leaf in leaves]
-    return [tree_unflatten([pieces[i] for pieces in cut], spec) for i in range(num_parts)]
-
-
-def _joined(outputs: Sequence[Any]) -> Any:
-    """Put the outputs of the parts of a batch together again."""
-    if len(outputs) == 1:
-        return outputs[0]
-    specs = [tree_flatten(one) for one in outputs]
-    columns = zip(*[leaves for leaves, _ in specs], strict=True)
-    joined = [
-        torch.cat(column) if isinstance(column[0], Tensor) and column[0].dim() else column[0] for column in columns
-    ]
-    return tree_unflatten(joined, specs[0][1])
 
 
 def check_count(name: str, value: object) -> None:

@@ -1,5 +1,6 @@
 """SharpnessAware: a regularizer behind torch.optim.Optimizer.step(closure)."""
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -12,6 +13,7 @@ from torch.optim import Optimizer
 
 from twofold.batches import describe
 from twofold.curvature.differentiable import RandomState
+from twofold.curvature.operators import Hessian
 from twofold.errors import TwofoldError
 from twofold.regularizers.base import Regularizer
 from twofold.regularizers.gradients import Gradients
@@ -68,6 +70,7 @@ class SharpnessAware(Optimizer):
         self.base = base
         self.reg = reg
         super().__setstate__({})  # hooks only: groups, state and defaults are the base's
+        reg.attach(base)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # pyrefly: ignore
@@ -86,6 +89,10 @@ class SharpnessAware(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         return {"base": self.base, "reg": self.reg}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.reg.attach(self.base)
 
     def __repr__(self) -> str:
         return f"SharpnessAware({self.base!r}, {self.reg!r})"
@@ -117,30 +124,37 @@ class SharpnessAware(Optimizer):
             )
         parameters = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
         random = RandomSources(self.reg.generator)
-        passes = ClosurePasses(closure, parameters, self._chosen(), self.reg, random.shared)
+        names = self._names()
+        passes = ClosurePasses(closure, parameters, self._chosen(names), names=names, reg=self.reg, start=random.shared)
         found = [parameter.grad for parameter in parameters]
+        remembered = copy.copy(self.reg.memory)
         try:
-            direction = self.reg.direction(passes)
+            direction = self.reg.of_this_step(passes)
         except BaseException:
             random.restore()
+            self.reg.memory = remembered
             passes.undo()
             _set_gradients(parameters, found)
             raise
         self.reg.report(direction.diagnostics)
         if self.reg.accepts(direction.gradients):
             _set_gradients(parameters, direction.gradients)
+            if direction.memory is not None:
+                self.reg.memory.add(direction.memory, 1.0)
             self.base.step()
         else:
             _set_gradients(parameters, found)
         return direction.loss
 
-    def _chosen(self) -> list[int]:
-        trained = [
+    def _names(self) -> list[str | None]:
+        return [
             name
             for group in self.param_groups
             for p, name in zip(group["params"], group.get("param_names", [None] * len(group["params"])), strict=True)
             if p.requires_grad
         ]
+
+    def _chosen(self, trained: Sequence[str | None]) -> list[int]:
         if self.reg.params is None:
             return list(range(len(trained)))
         if None in trained:
@@ -179,9 +193,14 @@ class SharpnessAware(Optimizer):
             changed = hook(self, state)
             state = state if changed is None else changed
         own = state.pop("twofold", None)
-        self.base.load_state_dict(state)
+        before = self.reg.state_dict()
         if own is not None:
             self.reg.load_state_dict(own)
+        try:
+            self.base.load_state_dict(state)
+        except BaseException:
+            self.reg.load_state_dict(before)
+            raise
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
@@ -191,7 +210,7 @@ class ClosurePasses(Passes):
 
     Args:
         closure: computes the loss and its gradient.
-        parameters, chosen, start: as in `Passes`.
+        parameters, chosen, names, start: as in `Passes`.
         reg: where the options come from.
     """
 
@@ -200,10 +219,14 @@ class ClosurePasses(Passes):
         closure: Closure,
         parameters: Sequence[nn.Parameter],
         chosen: Sequence[int],
+        *,
+        names: Sequence[str | None],
         reg: Regularizer,
         start: RandomState,
     ) -> None:
-        super().__init__(parameters, chosen, source=reg.generator, share_masks=reg.share_masks, start=start)
+        super().__init__(
+            parameters, chosen, names=names, source=reg.generator, share_masks=reg.share_masks, start=start
+        )
         self._closure = closure
         self._reg = reg
         self._before: list[tuple[Tensor, Tensor]] = []
@@ -251,6 +274,13 @@ class ClosurePasses(Passes):
         if all(gradient is None for gradient in gradients):
             raise TwofoldError("The closure left no gradient: it must call loss.backward() before it returns the loss.")
         return torch.as_tensor(loss).detach(), gradients
+
+    def need_outputs(self) -> None:
+        """Refuse, since a closure hides them."""
+        raise self._refusal()
+
+    def _hessian(self) -> Hessian:
+        raise self._refusal()
 
     def _recorded_pass(self) -> Recorded:
         raise self._refusal()

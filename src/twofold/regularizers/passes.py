@@ -23,6 +23,7 @@ from twofold.curvature.differentiable import (
     refusals_named,
 )
 from twofold.curvature.losses import Loss, OutputProduct, Residual, as_loss
+from twofold.curvature.operators import Hessian
 from twofold.curvature.primitives import check_differentiable_thrice, differentiable_thrice
 from twofold.curvature.recording import Recording, refuse_reentrant
 from twofold.errors import TwofoldError
@@ -53,6 +54,7 @@ class Passes(ABC):
     Args:
         parameters: every trainable parameter.
         chosen: positions of those that the regularizer perturbs, or whose curvature it penalises.
+        names: the parameters' names, None for those that have none.
         source: where random draws come from; None is torch's global generator.
         share_masks: whether later passes repeat the random draws of the first.
         start: the present state of the global generators, where the caller has taken it.
@@ -63,12 +65,14 @@ class Passes(ABC):
         parameters: Sequence[nn.Parameter],
         chosen: Sequence[int],
         *,
+        names: Sequence[str | None],
         source: torch.Generator | None,
         share_masks: bool,
         start: RandomState | None = None,
     ) -> None:
         self.parameters = list(parameters)
         self._chosen = list(chosen)
+        self._names = list(names)
         self._source = source
         self._share_masks = share_masks
         self._start = start
@@ -79,6 +83,21 @@ class Passes(ABC):
     def chosen(self) -> list[nn.Parameter]:
         """The parameters that the regularizer perturbs, or whose curvature it penalises."""
         return [self.parameters[i] for i in self._chosen]
+
+    @property
+    def chosen_names(self) -> list[str]:
+        """The names of the chosen parameters.
+
+        Raises:
+            TwofoldError: where passes are a closure's and the optimiser does not know the names.
+        """
+        known = [name for name in (self._names[i] for i in self._chosen) if name is not None]
+        if len(known) < len(self._chosen):
+            raise TwofoldError(
+                "The regularizer asks for the parameters' names (params=, rho by pattern, or ASAM, which tells biases "
+                "by their names), and the base optimiser does not know them: build it from model.named_parameters()."
+            )
+        return known
 
     def of_chosen(self, gradients: Gradients) -> list[Tensor]:
         """The chosen parameters' part of a gradient, zeros where the loss does not depend on them."""
@@ -112,14 +131,25 @@ class Passes(ABC):
             if not self._begun:
                 self._begin()
                 return self._first_pass()
-            if not self._share_masks or self._start is None:
+            with self._replayed():
                 return self._later_pass()
-            if self._after is None:
-                self._after = RandomState()
-            self._start.restore(since=self._after)
-            result = self._later_pass()
-            self._after.restore(since=self._start)
-            return result
+
+    def hessian(self) -> Hessian:
+        """The Hessian of the batch's loss over the chosen parameters, with the first pass's masks; it leaves no trace.
+
+        Raises:
+            TwofoldError: where passes are a closure's, which hides the outputs.
+        """
+        with self._replayed():
+            return self._hessian()
+
+    @abstractmethod
+    def need_outputs(self) -> None:
+        """Tell before the first pass that more than gradients will be asked for.
+
+        Raises:
+            TwofoldError: where passes are a closure's, which hides the outputs.
+        """
 
     def recorded(self) -> Recorded:
         """Make the first pass and keep its graph, so that the gradient can be differentiated.
@@ -145,6 +175,18 @@ class Passes(ABC):
             self._start = RandomState()
 
     @contextmanager
+    def _replayed(self) -> Iterator[None]:
+        """Repeat the random draws of the first pass, if masks are shared."""
+        if not self._share_masks or self._start is None:
+            yield
+            return
+        if self._after is None:
+            self._after = RandomState()
+        self._start.restore(since=self._after)
+        yield
+        self._after.restore(since=self._start)
+
+    @contextmanager
     def _perturbed(self, perturbation: Sequence[Tensor] | None) -> Iterator[None]:
         if perturbation is None:
             yield
@@ -166,6 +208,9 @@ class Passes(ABC):
     def _later_pass(self) -> tuple[Tensor, Gradients]: ...
 
     @abstractmethod
+    def _hessian(self) -> Hessian: ...
+
+    @abstractmethod
     def _recorded_pass(self) -> Recorded: ...
 
     @abstractmethod
@@ -181,7 +226,7 @@ class ModelPasses(Passes):
         batch: one batch.
         forward: forward(model, batch) -> (outputs, targets).
         scale: the factor of a gradient scaler; each backward pass runs on the scaled loss.
-        parameters, chosen, source, share_masks, start: as in `Passes`.
+        parameters, chosen, names, source, share_masks, start: as in `Passes`.
 
     Attributes:
         outputs: what the model returned in the first pass.
@@ -198,11 +243,12 @@ class ModelPasses(Passes):
         *,
         parameters: Sequence[nn.Parameter],
         chosen: Sequence[int],
+        names: Sequence[str | None],
         source: torch.Generator | None,
         share_masks: bool,
         start: RandomState | None = None,
     ) -> None:
-        super().__init__(parameters, chosen, source=source, share_masks=share_masks, start=start)
+        super().__init__(parameters, chosen, names=names, source=source, share_masks=share_masks, start=start)
         self.model = model
         self.outputs: Any = None
         self.targets: Any = None
@@ -211,6 +257,9 @@ class ModelPasses(Passes):
         self._forward = forward
         self._scale = scale
         self._autocast = Autocast({"cpu", *(parameter.device.type for parameter in parameters)})
+
+    def need_outputs(self) -> None:
+        """Do nothing: they are there."""
 
     def _first_pass(self) -> tuple[Tensor, Gradients]:
         outputs, targets, loss, gradients = self._pass()
@@ -233,6 +282,9 @@ class ModelPasses(Passes):
         if any(gradient is None for gradient in gradients):
             refuse_reentrant([loss])
         return outputs, targets, loss.detach(), unscaled(gradients, self._scale)
+
+    def _hessian(self) -> Hessian:
+        return Hessian(self.model, self._loss_fn, self._batch, params=self.chosen_names, forward=self._forward)
 
     def _recorded_pass(self) -> Recorded:
         chosen = {str(i): parameter for i, parameter in zip(self._chosen, self.chosen, strict=True)}

@@ -1,15 +1,22 @@
-"""SAM and USAM: the gradient at weights moved uphill."""
+"""SAM, USAM and ASAM: the gradient at weights that were moved uphill."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from twofold.errors import TwofoldError
 from twofold.parameters import norm
 from twofold.regularizers.base import TINY, Direction, Regularizer, check_strength
+from twofold.regularizers.gradients import Gradients
 from twofold.regularizers.passes import Passes
+
+Rho: TypeAlias = float | Mapping[str, float] | Callable[[int], float]
+"""A number; numbers by glob pattern of parameter names, of which the first that matches holds; or a schedule."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -20,11 +27,13 @@ class SAM(Regularizer):
     2401.10809, eq. 8.
 
     Args:
-        rho: length of the step uphill, in the weights' own units; 0 gives the plain gradient.
-        params, microbatches, share_masks, generator: as in `Regularizer`.
+        rho: length of the step uphill, in the weights' own units; 0 gives the plain gradient. A mapping such as
+            {"*.bias": 0.0, "*": 0.05} gives each parameter the rho of the first pattern that matches its name, the
+            norm being over all chosen parameters still; a function gives rho for step 0, 1, ... (see `attach`).
+        params, interval, microbatches, share_masks, generator: as in `Regularizer`.
 
     Raises:
-        TwofoldError: rho is negative or not finite.
+        TwofoldError: rho is negative or not finite, or no pattern matches a parameter.
 
     Example:
         >>> model = torch.nn.Linear(3, 2)
@@ -34,34 +43,64 @@ class SAM(Regularizer):
         >>> optimizer.step()
     """
 
-    rho: float = 0.05
+    rho: Rho = 0.05
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_strength("rho", self.rho)
+        if isinstance(self.rho, Mapping):
+            for pattern, rho in self.rho.items():
+                check_strength(f"rho[{pattern!r}]", rho)
+        elif not callable(self.rho):
+            check_strength("rho", self.rho)
 
     def direction(self, passes: Passes) -> Direction:
-        """Return the gradient at the perturbed weights."""
+        """Return the gradient at the perturbed weights, or what `combine` makes of it."""
         loss, gradients = passes.gradient()
         chosen = passes.of_chosen(gradients)
         size = float(norm(chosen))
-        if self.rho == 0 or not 0 < size < math.inf:
+        radii = self.radii(passes)
+        if not any(radii) or not 0 < size < math.inf:
             return Direction(loss, gradients, {"gradient_norm": size, "perturbation_norm": 0.0, "loss_rise": 0.0})
-        perturbation = self.perturbation(chosen, size)
+        perturbation = self.perturbation(passes, chosen, size, radii)
         perturbed_loss, perturbed = passes.gradient(perturbation)
-        return Direction(
-            loss,
-            perturbed,
-            {
-                "gradient_norm": size,
-                "perturbation_norm": norm(perturbation),
-                "loss_rise": perturbed_loss - loss,
-            },
+        diagnostics: dict[str, Tensor | float] = {
+            "gradient_norm": size,
+            "perturbation_norm": norm(perturbation),
+            "loss_rise": perturbed_loss - loss,
+        }
+        return self.combine(passes, gradients, Direction(loss, perturbed, diagnostics))
+
+    def radii(self, passes: Passes) -> list[float]:
+        """Return rho of each chosen parameter in this step."""
+        if not isinstance(self.rho, Mapping):
+            rho = self.rho(self.steps) if callable(self.rho) else self.rho
+            check_strength("rho", rho)
+            return [rho for _ in passes.chosen]
+        return [self._by_name(self.rho, name) for name in passes.chosen_names]
+
+    @staticmethod
+    def _by_name(rho: Mapping[str, float], name: str) -> float:
+        for pattern, value in rho.items():
+            if fnmatchcase(name, pattern):
+                return value
+        raise TwofoldError(
+            f"rho: none of the patterns {', '.join(map(repr, rho))} matches {name!r}; add '*' as the last."
         )
 
-    def perturbation(self, gradient: list[Tensor], size: float) -> Sequence[Tensor]:
-        """Return the step uphill, given the gradient over the chosen parameters and its norm."""
-        return torch._foreach_mul(gradient, self.rho / (size + TINY))
+    def perturbation(self, passes: Passes, gradient: list[Tensor], size: float, radii: list[float]) -> Sequence[Tensor]:
+        """Return the step uphill.
+
+        Args:
+            passes: the batch, for the chosen parameters and their names.
+            gradient: the gradient over the chosen parameters.
+            size: its norm.
+            radii: rho of each chosen parameter.
+        """
+        return torch._foreach_mul(gradient, [rho / (size + TINY) for rho in radii])
+
+    def combine(self, passes: Passes, gradients: Gradients, found: Direction) -> Direction:
+        """Return what is handed on, given the gradients at theta and what was found uphill."""
+        return found
 
 
 @dataclass(kw_only=True, eq=False)
@@ -72,8 +111,9 @@ class USAM(SAM):
     arXiv 2206.06232.
 
     Args:
-        rho: factor of the gradient, in units of a learning rate; 0 gives the plain gradient.
-        params, microbatches, share_masks, generator: as in `Regularizer`.
+        rho: factor of the gradient, in units of a learning rate; 0 gives the plain gradient. By pattern or by step as
+            in `SAM`.
+        params, interval, microbatches, share_masks, generator: as in `Regularizer`.
 
     Raises:
         TwofoldError: rho is negative or not finite.
@@ -83,8 +123,49 @@ class USAM(SAM):
         USAM(rho=0.01)
     """
 
-    rho: float
+    rho: Rho
 
-    def perturbation(self, gradient: list[Tensor], size: float) -> Sequence[Tensor]:
+    def perturbation(self, passes: Passes, gradient: list[Tensor], size: float, radii: list[float]) -> Sequence[Tensor]:
         """Return rho g."""
-        return torch._foreach_mul(gradient, self.rho)
+        return torch._foreach_mul(gradient, radii)
+
+
+@dataclass(kw_only=True, eq=False)
+class ASAM(SAM):
+    """Adaptive SAM: a step uphill that does not depend on how the weights of a layer are scaled.
+
+    With T = diag(|theta| + eta), and 1 for parameters whose name ends in "bias", it hands on
+
+        grad L(theta + rho T^2 g / (||T g|| + 1e-12)).
+
+    Costs 2 gradients. Kwon et al. 2021, arXiv 2102.11600, algorithm 1.
+
+    Args:
+        rho: length of the step in units of the weights, ||T^-1 e|| = rho; about ten times that of SAM. 0 gives the
+            plain gradient. By pattern or by step as in `SAM`.
+        eta: keeps weights of zero movable.
+        params, interval, microbatches, share_masks, generator: as in `Regularizer`.
+
+    Raises:
+        TwofoldError: rho or eta is negative or not finite.
+
+    Example:
+        >>> ASAM(rho=0.5)
+        ASAM(rho=0.5, eta=0.01)
+    """
+
+    rho: Rho = 0.5
+    eta: float = 0.01
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_strength("eta", self.eta)
+
+    def perturbation(self, passes: Passes, gradient: list[Tensor], size: float, radii: list[float]) -> Sequence[Tensor]:
+        """Return rho T^2 g / ||T g||."""
+        scales = [
+            torch.ones_like(weight) if name.endswith("bias") else weight.detach().abs() + self.eta
+            for name, weight in zip(passes.chosen_names, passes.chosen, strict=True)
+        ]
+        scaled = torch._foreach_mul(gradient, scales)
+        return super().perturbation(passes, list(torch._foreach_mul(scaled, scales)), float(norm(scaled)), radii)

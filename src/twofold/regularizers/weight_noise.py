@@ -27,7 +27,7 @@ class WeightNoise(Regularizer):
         scale: "isotropic": sigma for every weight; "filter": sigma ||w_f|| for the weights of filter f, a slice along
             the first dimension, or the whole of a vector (Bisla et al. 2022, arXiv 2201.08025); "multiplicative":
             sigma |w|.
-        params, microbatches, share_masks, generator: as in `Regularizer`.
+        params, interval, microbatches, share_masks, generator: as in `Regularizer`.
 
     Raises:
         TwofoldError: sigma is negative or not finite, or num_samples is no positive integer.
