@@ -132,7 +132,7 @@ def penalty_difference(problem, rho, mask, p=1, radius=0.05):
     return g + factor / radius * mask * change
 
 
-def weight_noise(problem, sigma, mask, scale="isotropic", n=2):
+def weight_noise(problem, sigma, mask, scale="isotropic", n=2, antithetic=False):
     generator = problem.draws()
     spread = {
         "isotropic": torch.ones_like,
@@ -144,7 +144,9 @@ def weight_noise(problem, sigma, mask, scale="isotropic", n=2):
         ),
     }[scale]
     noises = [drawn_over(problem, mask, torch.randn, generator) * problem.each(spread) * sigma for _ in range(n)]
-    return sum(problem.gradient(problem.theta + e) for e in noises) / n
+    if antithetic:
+        noises += [-e for e in noises]
+    return sum(problem.gradient(problem.theta + e) for e in noises) / len(noises)
 
 
 def drawn_over(problem, mask, kind, generator):
@@ -213,7 +215,10 @@ def gauss_newton_trace(problem, strength, mask, through="jacobian", estimator="l
 
 @dataclass
 class Row:
-    """A regularizer by its strength, and its direction by the formula: reference(problem, strength, mask)."""
+    """A regularizer by its strength, and its direction by the formula: reference(problem, strength, mask).
+
+    passes: how often the model runs; order: the power of the strength with which the correction begins.
+    """
 
     make: Callable[..., Any]
     reference: Callable[..., torch.Tensor]
@@ -221,6 +226,7 @@ class Row:
     closure: bool = False
     draws: bool = False
     remembers: bool = False
+    order: int = 1
     half_precision: bool = True
     tolerance: float = 1e-9
 
@@ -281,6 +287,14 @@ ROWS = {
         2,
         closure=True,
         draws=True,
+    ),
+    "WeightNoise antithetic": Row(
+        lambda s, **o: WeightNoise(sigma=s, num_samples=2, antithetic=True, **o),
+        partial(weight_noise, antithetic=True),
+        4,
+        closure=True,
+        draws=True,
+        order=2,
     ),
     "HessianTrace": Row(lambda s, **o: HessianTrace(strength=s, num_probes=2, **o), hessian_trace, draws=True),
     "HessianTrace difference": Row(

@@ -31,7 +31,7 @@ class EigenSAM(SAM):
 
     and SAM's gradient where no eigenvalue is positive. Costs 2 gradients, and now and then the products of `eigsh` (to
     a residual of 1e-3 of the largest eigenvalue, at most 100, from the last v). The Hessian is taken in the weights'
-    own precision, without autocast. Luo et al. 2025, arXiv 2501.12666, algorithm 1.
+    own precision, without autocast. Luo et al. 2025, arXiv 2501.12666.
 
     Args:
         rho: length of the step along the gradient; a number, by pattern or by step as in `SAM`. 0 gives the plain

@@ -22,7 +22,7 @@ class WSAM(SAM):
     With g_p = grad L(theta + rho g^) it hands on (1 - a) g + a g_p. decoupled=True hands on g alone, so that momentum
     and adaptive scales see no sharpness, and moves the weights after the optimiser's step by -lr a (g_p - g), lr being
     that of the weights' parameter group. gamma = 0.5 is SAM, gamma = 0 the base optimiser. Costs 2 gradients. Yue et
-    al. 2023, arXiv 2305.15817, algorithms 1 and 3.
+    al. 2023, arXiv 2305.15817.
 
     Args:
         rho: length of the step uphill; a number, by pattern or by step as in `SAM`. 0 gives the plain gradient.
