@@ -239,6 +239,13 @@ def test_a_device_that_is_not_there_is_told():
 REGULARIZERS = [
     RegularizerConfig("sam", 0.1),
     RegularizerConfig("usam", 0.1),
+    RegularizerConfig("asam", 0.5),
+    RegularizerConfig("wsam", 0.1),
+    RegularizerConfig("wsam", 0.1, {"decoupled": False}),
+    RegularizerConfig("eigen_sam", 0.1, {"interval": 3}),
+    RegularizerConfig("gsam", 0.1),
+    RegularizerConfig("friendly_sam", 0.1),
+    RegularizerConfig("look_sam", 0.1, {"interval": 3}),
     RegularizerConfig("gradient_penalty", 0.1),
     RegularizerConfig("gradient_penalty", 0.1, {"p": 2, "curvature": "gauss_newton"}),
     RegularizerConfig("gradient_penalty", 0.1, second_derivative="0"),

@@ -26,7 +26,21 @@ from twofold.lab.data import Dataset, TensorPair, augment, load
 from twofold.lab.models import build
 from twofold.lab.runs import Row, RunDirectory
 from twofold.lab.seeding import derive_generator, derive_seed
-from twofold.regularizers import SAM, USAM, GaussNewtonTrace, GradientPenalty, HessianTrace, WeightNoise
+from twofold.regularizers import (
+    ASAM,
+    GSAM,
+    SAM,
+    USAM,
+    WSAM,
+    EigenSAM,
+    FriendlySAM,
+    GaussNewtonTrace,
+    GradientPenalty,
+    HessianTrace,
+    LookSAM,
+    Regularizer,
+    WeightNoise,
+)
 
 Backward = Callable[[nn.Module, Callable[[Tensor, Tensor], Tensor], tuple[Tensor, Tensor]], Tensor]
 """backward(model, loss_fn, (inputs, targets)) -> loss: adds its gradient to .grad, as `Regularizer.backward` does."""
@@ -36,6 +50,12 @@ _EVALUATION_BATCH = 1000
 _CONSTRUCTORS: Mapping[str, tuple[Callable[..., Any], str]] = {
     "sam": (SAM, "rho"),
     "usam": (USAM, "rho"),
+    "asam": (ASAM, "rho"),
+    "wsam": (WSAM, "rho"),
+    "eigen_sam": (EigenSAM, "rho"),
+    "gsam": (GSAM, "rho"),
+    "friendly_sam": (FriendlySAM, "rho"),
+    "look_sam": (LookSAM, "rho"),
     "gradient_penalty": (GradientPenalty, "rho"),
     "weight_noise": (WeightNoise, "sigma"),
     "hessian_trace": (HessianTrace, "strength"),
@@ -99,7 +119,10 @@ def _train(
         model = build(config.model, data.input_shape, data.num_classes, derive_seed("model", config.seed))
         model.to(config.device)
         optimizer = build_optimizer(config.optimizer, model)
-        backward = build_backward(config.regularizer)
+        regularizer = build_regularizer(config.regularizer)
+        if regularizer is not None:
+            regularizer.attach(optimizer)
+        backward = build_backward(config.regularizer, regularizer)
 
         steps_per_epoch = math.ceil(len(data.train.targets) / config.batch_size)
         num_steps = config.epochs * steps_per_epoch
@@ -117,7 +140,8 @@ def _train(
                 row |= measure_curvature(config, model, data.train)
             rows.append(row)
             if directory is not None:
-                _keep(directory, model, optimizer, {"epoch": epoch, "step": step, "diverged": not finite, "rows": rows})
+                state = {"epoch": epoch, "step": step, "diverged": not finite, "rows": rows}
+                _keep(directory, model, optimizer, regularizer, state)
             if progress is not None:
                 progress(row)
             return not finite
@@ -126,7 +150,7 @@ def _train(
         if kept is None:
             diverged = end_epoch()
         else:
-            state = _restore(kept, model, optimizer)
+            state = _restore(kept, model, optimizer, regularizer)
             epoch, step, diverged, rows = state["epoch"], state["step"], state["diverged"], state["rows"]
 
         while step < num_steps and not diverged:
@@ -184,19 +208,25 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
     )
 
 
-def build_backward(config: RegularizerConfig) -> Backward:
-    """What stands in place of `loss.backward()`: the regularizer of `config`, with phi'' as it says.
+def build_regularizer(config: RegularizerConfig) -> Regularizer | None:
+    """The regularizer of `config`; None for plain training.
 
     Raises:
         TwofoldError: the regularizer does not take these options.
     """
     if config.name == "none":
-        return _plain_backward
+        return None
     constructor, strength = _CONSTRUCTORS[config.name]
     try:
-        regularizer = constructor(**{strength: config.strength}, **dict(config.options))
+        return constructor(**{strength: config.strength}, **dict(config.options))
     except TypeError as error:
         raise TwofoldError(f"RegularizerConfig.options do not fit {config.name}: {error}.") from error
+
+
+def build_backward(config: RegularizerConfig, regularizer: Regularizer | None) -> Backward:
+    """What stands in place of `loss.backward()`: the regularizer, with phi'' as its configuration says."""
+    if regularizer is None:
+        return _plain_backward
     beta = config.second_derivative_beta
     if beta is None:
         return regularizer.backward
@@ -276,16 +306,32 @@ def _on_device(data: Dataset, device: str) -> Dataset:
 
 
 def _keep(
-    directory: RunDirectory, model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
+    directory: RunDirectory,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    regularizer: Regularizer | None,
+    state: dict[str, Any],
 ) -> None:
     tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
     for i, values in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{i}/{name}": value for name, value in values.items() if value is not None}
+    if regularizer is not None:
+        memory = regularizer.memory
+        tensors |= {f"regularizer/{i}": tensor for i, tensor in enumerate(memory.kept or [])}
+        state["regularizer"] = {
+            "skipped": regularizer.skipped,
+            "steps": regularizer.steps,
+            "kept_at": memory.kept_at,
+            "num_kept": None if memory.kept is None else len(memory.kept),
+        }
     directory.write_checkpoint(tensors, state)
 
 
 def _restore(
-    kept: tuple[dict[str, Tensor], dict[str, Any]], model: nn.Module, optimizer: torch.optim.Optimizer
+    kept: tuple[dict[str, Tensor], dict[str, Any]],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    regularizer: Regularizer | None,
 ) -> dict[str, Any]:
     tensors, state = kept
     model.load_state_dict({n.removeprefix("model/"): t for n, t in tensors.items() if n.startswith("model/")})
@@ -296,4 +342,11 @@ def _restore(
             i, _, key = rest.partition("/")
             moments.setdefault(int(i), {})[key] = tensor
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    if regularizer is not None:
+        saved = state["regularizer"]
+        regularizer.skipped, regularizer.steps = saved["skipped"], saved["steps"]
+        if saved["kept_at"] is not None:
+            num_kept = saved["num_kept"]
+            found = None if num_kept is None else [tensors[f"regularizer/{i}"] for i in range(num_kept)]
+            regularizer.memory.keep(found, saved["kept_at"])
     return state
