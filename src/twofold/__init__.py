@@ -18,7 +18,6 @@ from twofold.curvature.density import spectral_density
 from twofold.curvature.diagonal import diagonal
 from twofold.curvature.eigen import eigsh
 from twofold.curvature.liveness import live_fraction
-from twofold.curvature.liveness import live_fraction
 from twofold.curvature.norms import frobenius_norm
 from twofold.curvature.operators import NME, ActivationNME, GaussNewton, Hessian
 from twofold.curvature.trace import trace
@@ -80,7 +79,6 @@ __all__ = [
     "eigsh",
     "frobenius_norm",
     "gaussian",
-    "live_fraction",
     "live_fraction",
     "matched_sigma",
     "second_derivative",
