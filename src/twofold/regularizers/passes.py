@@ -7,7 +7,7 @@ no trace.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from twofold.batches import run_forward
 from twofold.curvature.differentiable import (
     RandomState,
     buffers_replaced,
+    composed_kernels,
     differentiable_twice,
     module_state_kept,
     refusals_named,
@@ -288,7 +289,7 @@ class ModelPasses(Passes):
 
     def _recorded_pass(self) -> Recorded:
         chosen = {str(i): parameter for i, parameter in zip(self._chosen, self.chosen, strict=True)}
-        with self._autocast.fresh(), differentiable_twice(self.model):
+        with self._autocast.fresh(), differentiable_twice(self.model) as repairs:
             outputs, targets = run_forward(self._forward, self.model, self._batch)
         self.outputs, self.targets = _detached(outputs), targets
         attached = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
@@ -300,8 +301,16 @@ class ModelPasses(Passes):
         if self._scale != 1:
             loss = _Scaled(loss, self._scale)
         with self._autocast.off():
-            recording = Recording(outputs, targets, loss, chosen)
+            around = self._recomputing if repairs.checkpointed else nullcontext
+            recording = Recording(outputs, targets, loss, chosen, around)
         return Recorded(recording, loss, outputs, targets, self.parameters, self._scale, self._autocast)
+
+    @contextmanager
+    def _recomputing(self) -> Iterator[None]:
+        """What segments under a checkpoint are recomputed in: running statistics have moved already."""
+        with module_state_kept(self.model), composed_kernels(self.model):
+            buffers_replaced(self.model)
+            yield
 
     def _graph_pass(self) -> LossGraph:
         with self._autocast.fresh(), differentiable_thrice(self.model):

@@ -76,7 +76,7 @@ class Recorded:
             at_z = [u + self.scale * more for u, more in zip(at_z, at_outputs, strict=True)]
         sources += self._read(at_z)
         tensors, constants = zip(*[(head, u) for head, u in sources if head.requires_grad], strict=True)
-        with self.autocast.off(), refusals_named():
+        with self.autocast.off(), refusals_named(), self.recording.around():
             gradients = torch.autograd.grad(tensors, self.parameters, constants, retain_graph=True, allow_unused=True)
         return unscaled(gradients, self.scale)
 
@@ -109,7 +109,7 @@ class Recorded:
     def vjp(self, cotangents: Sequence[Tensor]) -> list[Tensor]:
         """Return J'u over the chosen parameters, with a graph of its own; zeros where nothing depends on them."""
         attached, u = zip(*[(z, u) for z, u in self._read(cotangents) if z.requires_grad], strict=True)
-        with self.autocast.off(), refusals_named():
+        with self.autocast.off(), refusals_named(), self.recording.around():
             chosen = self.recording.parameters
             return list(torch.autograd.grad(attached, chosen, u, create_graph=True, materialize_grads=True))
 
