@@ -1,5 +1,7 @@
 """What counts as a batch and as data."""
 
+from collections import UserDict
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -140,3 +142,51 @@ def test_causal_language_models_shift_their_labels():
     kept = labels[:, 1:] != -100
     expected = F.cross_entropy(model(ids)[:, :-1][kept], ids[:, 1:][kept])
     assert c.loss() == pytest.approx(expected.item())
+
+
+def test_a_loader_draws_the_same_each_time_and_moves_no_generator():
+    class Noisy(torch.utils.data.Dataset):
+        def __len__(self):
+            return 8
+
+        def __getitem__(self, i):
+            return torch.randn(4), i % 3
+
+    case = classification(mlp(4, 5, 3))
+    own = torch.Generator().manual_seed(3)
+    for loader in (DataLoader(Noisy(), 4), DataLoader(Noisy(), 4, generator=own)):
+        before, before_own = torch.get_rng_state(), own.get_state()
+        operator = twofold.Hessian(case.model, case.loss_fn, loader, memory=0)
+        v = torch.ones(operator.shape[0])
+        assert torch.equal(operator @ v, operator @ v)
+        assert torch.equal(torch.get_rng_state(), before)
+        assert torch.equal(own.get_state(), before_own)
+
+
+def test_sparse_buffers_and_mappings_of_any_class_are_understood():
+    class Graph(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = mlp(4, 5, 3)
+            self.register_buffer("adjacency", torch.eye(6).to_sparse())
+
+        def forward(self, x):
+            return self.body(torch.sparse.mm(self.adjacency, x))
+
+    model, x, y = Graph(), torch.randn(6, 4), torch.randint(3, (6,))
+    expected = hessian(model.body, (x, y))
+    assert torch.equal(hessian(model, (x, y)), expected)
+    batch = UserDict({"x": x, "labels": y})
+    operator = twofold.Hessian(model, F.cross_entropy, batch)
+    assert torch.equal(operator.to_dense(), expected)
+    x.mul_(2)
+    assert torch.equal(operator.to_dense(), hessian(model.body, (x, y)))
+
+
+def test_inference_tensors_are_measured():
+    with torch.inference_mode():
+        model, x = mlp(4, 5, 3), torch.randn(6, 4)
+    y = torch.randint(3, (6,))
+    twin = mlp(4, 5, 3)
+    twin.load_state_dict(model.state_dict())
+    assert torch.equal(hessian(model, (x, y)), hessian(twin, (x.clone(), y)))

@@ -80,11 +80,21 @@ def _refuse_shuffling(loader: DataLoader) -> None:
         raise TwofoldError(SHUFFLING.format(sampler=type(sampler).__name__))
 
 
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors inside any nest of mappings (of any class), lists, tuples and pytree nodes."""
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif isinstance(leaf, Mapping):
+            yield from tensors_in(dict(leaf))
+
+
 def to_device(batch: Any, device: torch.device) -> Any:
-    """Move every tensor of a batch to `device`; a batch that is there already is returned as it is."""
-    if all(leaf.device == device for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)):
+    """Move every tensor of a batch to `device`, off inference mode; a batch that is fine is returned as it is."""
+    if all(tensor.device == device and not tensor.is_inference() for tensor in tensors_in(batch)):
         return batch
-    return tree_map_only(Tensor, lambda tensor: tensor.to(device), batch)
+    batch = dict(batch) if isinstance(batch, Mapping) else batch
+    return tree_map_only(Tensor, lambda t: t.to(device).clone() if t.is_inference() else t.to(device), batch)
 
 
 def default_forward(model: nn.Module, batch: Any) -> tuple[Any, Any]:

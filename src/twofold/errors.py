@@ -61,6 +61,12 @@ loss_fn depends on the model's parameter {name!r} directly, not only through the
 H = GN + NME splits the curvature of loss(outputs(parameters)). Take that term out of loss_fn (its Hessian is known), or
 let forward= return it among the outputs."""
 
+RECOMPUTED = """\
+A segment under torch.utils.checkpoint did other operations when it was recomputed than in the forward pass, so it
+cannot be differentiated twice: {error}
+Inside a checkpoint twofold cannot repair operations (weight norm; for HessianTrace, all norms). Run that segment
+without a checkpoint, leave its parameters out with params=, or take HessianTrace(method="difference")."""
+
 CHECKPOINT = """\
 torch.utils.checkpoint cannot be combined with this product: {error}
 Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False); the reentrant form has no second derivative."""

@@ -86,6 +86,22 @@ class ParameterLayout:
             dtype = torch.promote_types(dtype, other)
         self.dtype = dtype
 
+    def find(self, named: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+        """Look the layout's parameters up by name.
+
+        Raises:
+            TwofoldError: one is gone, or has another shape, dtype or device than when the layout was made.
+        """
+        for (name, shape), (dtype, device) in zip(self.shapes.items(), self._likes, strict=True):
+            now = named.get(name)
+            if now is None or (now.shape, now.dtype, now.device) != (shape, dtype, device):
+                came = "gone" if now is None else f"a {describe(now)} on {now.device}"
+                raise TwofoldError(
+                    f"Parameter {name!r} was a {dtype} tensor of shape {tuple(shape)} on {device} when the operator "
+                    f"was built and is {came} now. Build the operator anew."
+                )
+        return {name: named[name] for name in self.shapes}
+
     def flatten(self, tensors: Iterable[Tensor], *, out: Tensor | None = None) -> Float[Tensor, "P"]:
         """Join tensors of the parameters' shapes, in order, into one vector [P], into `out` if given."""
         return torch.cat([tensor.detach().reshape(-1).to(self.device, self.dtype) for tensor in tensors], out=out)

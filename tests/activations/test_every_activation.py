@@ -23,7 +23,12 @@ def call_label(func):
     return f"{getattr(func, '__module__', None) or type(func).__name__}.{func.__name__}"
 
 
-FORMS = [pytest.param(name, func, id=f"{name}-{call_label(func)}") for func, name in CALLABLES.items()]
+FORMS = [
+    pytest.param(name, func, id=label)
+    for label, name, func in sorted(
+        ((f"{name}-{call_label(func)}", name, func) for func, name in CALLABLES.items()), key=lambda form: form[0]
+    )
+]
 
 
 def arguments(name, dtype):

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import twofold
 from twofold.curvature.convolution import CONVOLUTIONS
 
 CALLS = [
@@ -43,3 +44,30 @@ def test_second_derivatives_are_right_for_every_choice_of_inputs(native, x, w, o
     assert torch.autograd.gradgradcheck(lambda a, b: ours(a, b, **options), (x, w), fast_mode=True)
     assert torch.autograd.gradgradcheck(lambda b: ours(x.detach(), b, **options).square(), w, fast_mode=True)
     assert torch.autograd.gradgradcheck(lambda a: ours(a, w.detach(), **options).square(), x, fast_mode=True)
+
+
+def test_models_that_transform_their_convolutions_are_measured():
+    class Mapped(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = torch.nn.Conv1d(1, 1, 3, padding=1), torch.nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.head(torch.vmap(lambda row: self.conv(row.view(1, 1, 4)).view(4))(torch.tanh(x)))
+
+    model, batch = Mapped().double(), (torch.randn(5, 4).double(), torch.randint(3, (5,)))
+    plain = torch.nn.Sequential(
+        torch.nn.Tanh(), torch.nn.Unflatten(1, (1, 4)), model.conv, torch.nn.Flatten(), model.head
+    )
+    expected = twofold.Hessian(plain, F.cross_entropy, batch).to_dense()
+    torch.testing.assert_close(twofold.Hessian(model, F.cross_entropy, batch).to_dense(), expected)
+
+
+def test_penalties_run_convolutions_under_autocast_as_torch_does():
+    model = torch.nn.Sequential(
+        torch.nn.Linear(4, 16), torch.nn.Unflatten(1, (1, 4, 4)), torch.nn.Conv2d(1, 2, 3), torch.nn.Flatten()
+    )
+    x, y = torch.randn(6, 4), torch.randint(3, (6,))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = twofold.GradientPenalty().backward(model, F.cross_entropy, (x, y))
+        assert torch.equal(loss, F.cross_entropy(model(x), y))

@@ -1,11 +1,14 @@
 """A kept recording is used while it is true and no longer."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 import twofold
 from models import CASES, classification, conv_batchnorm
+from twofold import TwofoldError
 
 
 def fresh(case, v):
@@ -43,7 +46,36 @@ def replaced_module(model, case):
     model[1] = nn.Tanh()
 
 
-CHANGES = [fused_adamw, one_entry_by_data, sign_flip, permutation, new_memory, load, replaced_module]
+def one_row_turned(model, case):
+    model[0].weight.data[0].neg_()
+
+
+def two_neurons_swapped(model, case):
+    model[0].weight.data[[0, 1]] = model[0].weight.data[[1, 0]]
+
+
+def assigned(model, case):
+    state = {name: tensor + 0.1 for name, tensor in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+
+
+def new_parameter(model, case):
+    model[0].weight = nn.Parameter(model[0].weight.detach() + 0.1)
+
+
+CHANGES = [
+    one_row_turned,
+    two_neurons_swapped,
+    assigned,
+    new_parameter,
+    fused_adamw,
+    one_entry_by_data,
+    sign_flip,
+    permutation,
+    new_memory,
+    load,
+    replaced_module,
+]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
@@ -142,3 +174,45 @@ def test_dropout_masks_are_fixed_for_each_batch():
     losses = [case.loss_fn(model(x), y) * len(y) for x, y in case.batches]
     expected = torch.autograd.grad(sum(losses) / 10, list(model.parameters()))
     torch.testing.assert_close(first, torch.cat([g.reshape(-1) for g in expected]))
+
+
+def test_a_change_of_a_plain_tensor_or_of_the_loss_is_seen():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.scale = nn.Linear(4, 3), torch.ones(3)
+
+        def forward(self, x):
+            return torch.tanh(self.body(x)) * self.scale
+
+    loss_fn = nn.CrossEntropyLoss(weight=torch.ones(3))
+    case = classification(Scaled(), loss_fn=loss_fn)
+    hessian = twofold.Hessian(case.model, loss_fn, case.batches[0])
+    v = torch.randn(hessian.shape[0])
+    results = [hessian @ v]
+    for change in (lambda: case.model.scale.mul_(3), lambda: loss_fn.weight.data[:1].fill_(50.0)):
+        change()
+        results.append(hessian @ v)
+        assert torch.equal(results[-1], fresh(case, v))
+        assert not torch.equal(results[-1], results[-2])
+
+
+def test_parameters_of_another_kind_than_at_first_are_refused():
+    case = CASES["mlp"]()
+    hessian = twofold.Hessian(case.model, case.loss_fn, case.batches[0])
+    case.model.double()
+    with pytest.raises(TwofoldError, match="Build the operator anew"):
+        hessian @ torch.ones(hessian.shape[0])
+    case.model.float()
+    hessian @ torch.ones(hessian.shape[0])
+    case.model[0] = nn.Identity()
+    with pytest.raises(TwofoldError, match="gone"):
+        hessian @ torch.ones(hessian.shape[0])
+
+
+def test_a_copy_of_a_used_curvature_makes_its_own_recordings():
+    case = CASES["mlp"]()
+    c = twofold.Curvature(case.model, case.loss_fn, case.batches[0])
+    v = torch.randn(c.layout.size)
+    expected = c.nme @ v
+    assert torch.equal(copy.deepcopy(c).nme @ v, expected)

@@ -51,7 +51,7 @@ def test_beta_gelu_against_its_formula(beta, tolerance):
         (torch.tanh, 7 / 9),  # 0 at 0, and saturated at 40
         (lambda h: h.clone().relu_(), 0.0),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", None) or type(value).__name__,
 )
 def test_other_activations(phi, expected):
     assert live_fraction(Fixed(phi), data(*H[0].tolist())) == pytest.approx(expected)

@@ -190,6 +190,7 @@ class Curvature:
 
 
 def _check_parts(parts: Sequence[Matrix]) -> tuple[Matrix, ...]:
+    parts = parts if isinstance(parts, str) else tuple(parts)
     unknown = [part for part in parts if part not in MATRICES]
     if isinstance(parts, str) or unknown or not parts:
         raise TwofoldError(f"parts must name matrices among {', '.join(MATRICES)}; {parts!r} came.")

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from twofold.activations.functions import saving_is_hooked
 from twofold.curvature.convolution import CONVOLUTIONS
-from twofold.errors import CHECKPOINT, FSDP, NO_DOUBLE_BACKWARD, SCRIPTED, TwofoldError
+from twofold.errors import CHECKPOINT, FSDP, NO_DOUBLE_BACKWARD, RECOMPUTED, SCRIPTED, TwofoldError
 from twofold.types import Mode
 
 
@@ -46,8 +46,6 @@ def unwrap(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if any(base.__name__ in ("FullyShardedDataParallel", "FSDPModule") for base in type(module).__mro__):
             raise TwofoldError(FSDP.format(came=type(module).__name__))
-        if isinstance(module, nn.EmbeddingBag):
-            raise TwofoldError(_no_double_backward("nn.EmbeddingBag", "none was tried"))
         if isinstance(module, torch.jit.ScriptModule):
             raise TwofoldError(SCRIPTED.format(came=type(module).__name__))
     return model
@@ -165,7 +163,10 @@ def buffers_replaced(model: nn.Module) -> None:
 
 @contextmanager
 def borrowed(
-    model: nn.Module, parameters: Mapping[str, nn.Parameter], mode: Mode = None
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    mode: Mode = None,
+    aliases: Mapping[str, Tensor] | None = None,
 ) -> Iterator[dict[str, Tensor]]:
     """Lend the model with aliases in the places of its parameters and copies in the places of its buffers.
 
@@ -173,6 +174,7 @@ def borrowed(
         model: a plain module (see `unwrap`).
         parameters: the chosen ones; all others are constants in the passes inside.
         mode: "train" or "eval" for the passes inside; None leaves each module's own.
+        aliases: those of an earlier pass, to go on with its graph; None makes new ones.
 
     Yields:
         The chosen parameters' aliases by name: leaves of the graphs that are recorded inside.
@@ -181,8 +183,15 @@ def borrowed(
     # An embedding with max_norm writes into its weight as it runs.
     writes = any(embedding.max_norm is not None for embedding in embeddings)
     every = {id(parameter): parameter for parameter in model.parameters()}
-    stand_ins = {key: parameter.detach().clone() if writes else parameter.detach() for key, parameter in every.items()}
-    aliases = {name: stand_ins[id(parameter)].requires_grad_() for name, parameter in parameters.items()}
+    given = {} if aliases is None else {id(parameters[name]): alias for name, alias in aliases.items()}
+    with torch.inference_mode(False):
+        stand_ins = {
+            key: given.get(
+                key, parameter.detach().clone() if writes or parameter.is_inference() else parameter.detach()
+            )
+            for key, parameter in every.items()
+        }
+        aliases = {name: stand_ins[id(parameter)].requires_grad_() for name, parameter in parameters.items()}
 
     with module_state_kept(model), random_state_kept(), full_precision():
         for module in model.modules():
@@ -214,17 +223,33 @@ def full_precision() -> Iterator[None]:
         yield
 
 
-class _Repairs(TorchFunctionMode):
-    """Stand-ins for operations whose second derivative torch gets wrong, or takes at twice the price."""
+class Repairs(TorchFunctionMode):
+    """Stand-ins for operations whose second derivative torch gets wrong, or takes at twice the price.
+
+    Attributes:
+        checkpointed: whether a part of the pass will be recomputed when it is differentiated.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.checkpointed = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        hooked = saving_is_hooked()
+        self.checkpointed |= hooked
         # A checkpoint recomputes its segment with torch's own operations and must find the same tensors saved.
-        if func in CONVOLUTIONS and not saving_is_hooked():
+        if func in CONVOLUTIONS and not hooked and not _is_transformed():
             return CONVOLUTIONS[func](*args, **kwargs)
         if func is torch._weight_norm:
             return _weight_norm(*args, **kwargs)
         return func(*args, **kwargs)
+
+
+def _is_transformed() -> bool:
+    """Tell whether autocast or a torch.func transform rewrites the operations of the pass."""
+    autocast = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+    return autocast or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
@@ -236,23 +261,30 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 
 
 @contextmanager
-def differentiable_twice(model: nn.Module) -> Iterator[None]:
+def differentiable_twice(model: nn.Module) -> Iterator[Repairs]:
     """Run forward passes so that each operation has a right second derivative, or raise by its name.
 
     Attention takes its composed form (the fused ones have no double backward), weight norm is rewritten, compiled parts
-    run eagerly, cuDNN steps aside for recurrent layers.
+    run eagerly, cuDNN steps aside for recurrent layers. Yields the repairs, which tell of checkpointed segments.
 
     Raises:
         TwofoldError: an operation inside has no second derivative.
     """
+    if any(isinstance(module, nn.EmbeddingBag) for module in model.modules()):
+        raise TwofoldError(_no_double_backward("nn.EmbeddingBag", "none was tried"))
+    with composed_kernels(model), refusals_named(), Repairs() as repairs:
+        yield repairs
+
+
+@contextmanager
+def composed_kernels(model: nn.Module) -> Iterator[None]:
+    """Choose kernels that can be differentiated twice; also where a checkpoint recomputes what was run so."""
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         if any(isinstance(module, nn.RNNBase) for module in model.modules()) and torch.backends.cudnn.is_available():
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        stack.enter_context(refusals_named())
-        stack.enter_context(_Repairs())
         yield
 
 
@@ -266,7 +298,9 @@ def refusals_named() -> Iterator[None]:
         yield
     except (RuntimeError, NotImplementedError) as error:
         text = str(error)
-        if isinstance(error, torch.utils.checkpoint.CheckpointError) or "use_reentrant=True" in text:
+        if isinstance(error, torch.utils.checkpoint.CheckpointError):
+            raise TwofoldError(RECOMPUTED.format(error=text.splitlines()[0])) from error
+        if "use_reentrant=True" in text:
             raise TwofoldError(CHECKPOINT.format(error=text.splitlines()[0])) from error
         found = _MISSING.search(text)
         if found is None and "once_differentiable" not in text:

@@ -12,32 +12,53 @@ some of the sources injected at the operations' inputs gives what these operatio
 are torch's own.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from twofold.curvature.differentiable import refusals_named
 from twofold.curvature.recording import Recording
+from twofold.parameters import dot
+
+Group: TypeAlias = Hashable
+"""The name of some operations whose parts are summed; "gauss_newton" and "rest" have a meaning of their own."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What one operation met in a pass with v.
+
+    Attributes:
+        operation: the operation.
+        tangents: J_x v for each input x (None: zero).
+        sources: a . d2f/dx2 (J_x v) for each input (None: zero).
+    """
+
+    operation: "Operation"
+    tangents: Sequence[Tensor | None]
+    sources: Sequence[Tensor | None]
 
 
 class Held:
     """The sources that a pass holds back, where it collects them."""
 
     def __init__(self) -> None:
-        self._found: list[tuple[Operation, list[Tensor | None]]] | None = None
+        self._found: list[Source] | None = None
 
-    def add(self, operation: "Operation", sources: list[Tensor | None]) -> None:
-        """Take the sources of one operation, one for each of its inputs."""
+    def add(self, source: Source) -> None:
+        """Take the source of one operation."""
         if self._found is not None:
-            self._found.append((operation, sources))
+            self._found.append(source)
 
     @contextmanager
-    def collected(self) -> Iterator[list[tuple["Operation", list[Tensor | None]]]]:
+    def collected(self) -> Iterator[list[Source]]:
         """Collect what the passes inside hold back."""
         self._found = found = []
         try:
@@ -52,6 +73,7 @@ class Operation:
     Attributes:
         kind: what sort of operation it is.
         module: the name of the module that called it.
+        held: where its sources go.
         inputs: leaves of its own graph, one for each tensor argument that the pass differentiates.
         outputs: the results that have a gradient, on its own graph.
     """
@@ -67,8 +89,7 @@ class Operation:
         in_place: bool,
         held: Held,
     ) -> None:
-        self.kind, self.module = kind, module
-        self._held = held
+        self.kind, self.module, self.held = kind, module, held
         leaves, structure = tree_flatten((tuple(args), dict(kwargs)))
         places = [i for i, leaf in enumerate(leaves) if is_differentiated(leaf)]
         self._attached = [leaves[i] for i in places]
@@ -104,10 +125,6 @@ class Operation:
                 outputs, self.inputs, known, retain_graph=True, create_graph=create_graph, allow_unused=True
             )
         )
-
-    def hold(self, sources: list[Tensor | None]) -> None:
-        """Put the sources of a pass aside."""
-        self._held.add(self, sources)
 
 
 def is_differentiated(value: Any) -> bool:
@@ -147,12 +164,13 @@ class _Adjoint(torch.autograd.Function):
             if is_differentiated(gradient) and tangent is not None
         ]
         if not given:
-            ctx.operation.hold([None for _ in ctx.operation.inputs])
+            nothing = [None for _ in ctx.operation.inputs]
+            ctx.operation.held.add(Source(ctx.operation, nothing, nothing))
             return (None, *(None for _ in ctx.adjoints))
         known = [adjoint for adjoint in ctx.adjoints if adjoint is not None]
         curved, v = zip(*given, strict=True)
         found = torch.autograd.grad(curved, [*known, *ctx.operation.inputs], v, retain_graph=True, allow_unused=True)
-        ctx.operation.hold(list(found[len(known) :]))
+        ctx.operation.held.add(Source(ctx.operation, tangents, found[len(known) :]))
         in_adjoints = iter(found[: len(known)])
         return (None, *(None if adjoint is None else next(in_adjoints) for adjoint in ctx.adjoints))
 
@@ -171,38 +189,75 @@ class Dissection(Recording):
 
     @refusals_named()
     def dissect(
-        self, vector: Sequence[Tensor], group: Callable[[Operation], str], wanted: Callable[[str], bool]
-    ) -> dict[str, list[Tensor]]:
+        self, vector: Sequence[Tensor], group: Callable[[Operation], Group], wanted: Callable[[Group], bool]
+    ) -> dict[Group, list[Tensor]]:
         """Return GN v and what each group of operations adds to NME v; the sum of all is H v.
 
         Args:
             vector: v, one tensor per parameter, of its shape.
-            group: the name of the group that an operation belongs to.
+            group: the group that an operation belongs to.
             wanted: which of the groups to compute, each for one backward pass.
 
         Returns:
             {"gauss_newton": GN v, "rest": what operations add that were not told apart, group: its part}.
         """
-        _, u, _ = self._reverse
-        inputs = [*self.parameters, *u] if wanted("rest") else u
-        with self._held.collected() as held:
-            through = self._through_w(vector, inputs, gate_open=False)
-        parts: dict[str, list[Tensor]] = {}
+        rest, jv, held = self._looked_through(vector, with_rest=wanted("rest"))
+        parts: dict[Group, list[Tensor]] = {}
         if wanted("gauss_newton"):
-            parts["gauss_newton"] = self.vjp(self.output_hessian(self._fill(through[len(through) - len(u) :])))
+            parts["gauss_newton"] = self.vjp(self.output_hessian(jv))
         if wanted("rest"):
-            parts["rest"] = through[: len(self.parameters)]
-        groups: dict[str, list[tuple[GradientEdge, Tensor]]] = {}
-        for operation, sources in held:
-            injected = groups.setdefault(group(operation), [])
-            injected += [(edge, s) for edge, s in zip(operation.edges, sources, strict=True) if s is not None]
+            parts["rest"] = rest
+        groups: dict[Group, list[tuple[GradientEdge, Tensor]]] = {}
+        for source in held:
+            edges = zip(source.operation.edges, source.sources, strict=True)
+            groups.setdefault(group(source.operation), []).extend((edge, s) for edge, s in edges if s is not None)
         for name, injected in groups.items():
             if wanted(name):
                 parts[name] = self._injected(injected)
         return parts
+
+    @refusals_named()
+    def forms(
+        self, vectors: Sequence[Sequence[Tensor]], group: Callable[[Operation], Group]
+    ) -> dict[Group, Float[Tensor, "K K"]]:
+        """Return v_i'A v_j for the parts A of `dissect` and K vectors, with no further pass for a part.
+
+        v'A w of an operation is (J_x v)' of its source at w.
+        """
+        looks = [self._looked_through(vector, with_rest=True) for vector in vectors]
+        curved = [self.output_hessian(jv) for _, jv, _ in looks]
+        forms: dict[Group, Tensor] = {}
+        shape = (len(vectors), len(vectors))
+        for i, (_, jv, tangents) in enumerate(looks):
+            for j, (rest, _, sources) in enumerate(looks):
+                found: list[tuple[Group, Sequence[Tensor | None], Sequence[Tensor | None]]] = [
+                    ("gauss_newton", jv, curved[j]),
+                    ("rest", vectors[i], rest),
+                ]
+                met = {id(source.operation): source.sources for source in sources}
+                found += [(group(t.operation), t.tangents, met[id(t.operation)]) for t in tangents]
+                for name, left, right in found:
+                    form = forms.setdefault(name, torch.zeros(shape, dtype=torch.float64))
+                    form[i, j] += _inner(left, right)
+        return forms
+
+    def _looked_through(
+        self, vector: Sequence[Tensor], *, with_rest: bool
+    ) -> tuple[list[Tensor], list[Tensor], list[Source]]:
+        """One pass through w: what untold operations add to NME v (if asked for), J v, and every source."""
+        _, u, _ = self._reverse
+        with self._held.collected() as held:
+            through = self._through_w(vector, [*self.parameters, *u] if with_rest else u, gate_open=False)
+        start = len(through) - len(u)
+        return through[:start], self._fill(through[start:]), held
 
     def _injected(self, sources: Sequence[tuple[GradientEdge, Tensor]]) -> list[Tensor]:
         if not sources:
             return [torch.zeros_like(parameter) for parameter in self.parameters]
         edges, values = zip(*sources, strict=True)
         return list(torch.autograd.grad(edges, self.parameters, values, retain_graph=True, materialize_grads=True))
+
+
+def _inner(left: Sequence[Tensor | None], right: Sequence[Tensor | None]) -> float:
+    pairs = [(a, b) for a, b in zip(left, right, strict=True) if a is not None and b is not None]
+    return dot(*zip(*pairs, strict=True)).item() if pairs else 0.0

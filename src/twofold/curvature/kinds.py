@@ -57,6 +57,10 @@ _KIND_OF: dict[Callable[..., Any], str] = {
 }
 
 
+# Products of the entries of one tensor: all others are linear in a factor that comes alone.
+_OF_ONE = spelled("glu") | spelled("prod")
+
+
 @contextmanager
 def recorded_apart(
     model: nn.Module, kinds: Collection[str], held: Held, warned: set[str] | None = None
@@ -105,8 +109,8 @@ class _Dissecting(TorchFunctionMode):
         kind = _kind_of(func, args, kwargs)
         if kind is not None and kind in self._kinds:
             tensors = [leaf for leaf in tree_leaves((args, kwargs)) if is_differentiated(leaf)]
-            # A product with one factor is linear in it.
-            curved = len(tensors) > 1 or (bool(tensors) and kind != "product")
+            # A product with one factor that is differentiated is linear in it.
+            curved = len(tensors) > 1 or (bool(tensors) and (kind != "product" or func in _OF_ONE))
             if curved and torch.is_grad_enabled() and kwargs.get("out") is None:
                 return self._apart(kind, func, args, kwargs)
         elif kind is None and len(self._kinds) > 1:
@@ -168,8 +172,7 @@ def _opened(func: Callable) -> Callable | None:
     torch's functions that are written in Python ask first whether an override wants the whole call; here that question
     has the answer no.
     """
-    module = getattr(func, "__module__", None) or ""
-    if not isinstance(func, types.FunctionType) or not module.startswith("torch."):
+    if not isinstance(func, types.FunctionType) or func.__module__ not in ("torch.nn.functional", "torch.functional"):
         return None
     questions = {name for name in func.__code__.co_names if name.startswith("has_torch_function")}
     if not questions or not questions <= func.__globals__.keys():

@@ -86,9 +86,10 @@ class Loss:
             targets: the batch's targets.
         """
         leaves, rebuilt = detached_leaves(outputs)
-        gradients = torch.autograd.grad(
-            self(rebuilt, targets), leaves, create_graph=True, allow_unused=True, materialize_grads=True
-        )
+        value = self(rebuilt, targets)
+        if not value.requires_grad:
+            return lambda tangents: [torch.zeros_like(leaf) for leaf in leaves]
+        gradients = torch.autograd.grad(value, leaves, create_graph=True, allow_unused=True, materialize_grads=True)
         curved = [gradient for gradient in gradients if gradient.requires_grad]
 
         def product(tangents: Sequence[Tensor]) -> list[Tensor]:
@@ -138,7 +139,7 @@ class CrossEntropy(Loss):
         kept = targets != self._ignore_index
         if self._class_weights is None:
             return kept.sum()
-        return self._class_weights.to(outputs.device, _wide(outputs))[targets[kept]].sum()
+        return self._class_weights.to(outputs.device, _wide(outputs))[targets[kept].long()].sum()
 
     def _scale(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """S_n over the denominator, with a class dimension of 1."""
@@ -153,7 +154,7 @@ class CrossEntropy(Loss):
             if weights is None:
                 total = kept.to(_wide(outputs))
             else:
-                picked = weights[torch.where(kept, targets, 0)]
+                picked = weights[torch.where(kept, targets, 0).long()]
                 total = torch.where(kept, (1 - self._smoothing) * picked + self._smoothing * weights.mean(), 0.0)
             total = total.unsqueeze(dim)
         return total / self._denominator(outputs, targets) if self.averages else total
@@ -344,7 +345,9 @@ def _terms_rule(functional: Callable[..., Tensor], reduction: str, options: dict
         return CrossEntropy(functional, None, averages=True, options=options)._terms
     if functional is F.l1_loss:
         return MSE(functional, None, averages=True, options=options)._terms
-    if functional in _BY_ROW or reduction == "batchmean":
+    if reduction == "batchmean":
+        return lambda outputs, targets: float(outputs.shape[0])
+    if functional in _BY_ROW:
         return _rows
     return _entries
 
@@ -356,8 +359,17 @@ def _resolve(loss_fn: Any) -> tuple[Callable[..., Tensor] | None, dict[str, Any]
             return None, {}
         functional, options = _resolve(loss_fn.func)
         return functional, {**options, **loss_fn.keywords}
+    inner = getattr(loss_fn, "_orig_mod", None) or getattr(loss_fn, "_torchdynamo_orig_callable", None)
+    if inner is not None:
+        return _resolve(inner)
+    owner = getattr(loss_fn, "__self__", None)
+    if isinstance(owner, nn.Module) and loss_fn == owner.forward:
+        return _resolve(owner)
     if isinstance(loss_fn, nn.Module):
-        functional = _MODULES.get(type(loss_fn))
+        # A subclass that keeps its parent's forward computes its parent's loss.
+        parent = next((base for base in type(loss_fn).__mro__ if base in _MODULES), None)
+        same = parent is not None and type(loss_fn).forward is parent.forward
+        functional = _MODULES[parent] if same else None
         if functional is None or loss_fn._forward_hooks or loss_fn._forward_pre_hooks:
             return None, {}
         known = inspect.signature(functional).parameters
@@ -373,10 +385,15 @@ def describe_loss(loss_fn: Any) -> str:
 
 
 def detached_leaves(outputs: Any) -> tuple[list[Tensor], Any]:
-    """Copy the outputs off their graph: the floating-point tensors as leaves, and the same nest with them inside."""
+    """Take the outputs off their graph: the floating-point tensors as leaves, and the same nest with copies of them.
+
+    Copies, since a loss may work in place.
+    """
     flat, spec = tree_flatten(outputs)
     flat = [leaf.detach().requires_grad_() if is_differentiable(leaf) else leaf for leaf in flat]
-    return [leaf for leaf in flat if is_differentiable(leaf)], tree_unflatten(flat, spec)
+    with torch.enable_grad():
+        copies = [leaf.clone() if is_differentiable(leaf) else leaf for leaf in flat]
+    return [leaf for leaf in flat if is_differentiable(leaf)], tree_unflatten(copies, spec)
 
 
 def is_differentiable(leaf: Any) -> bool:

@@ -102,6 +102,13 @@ class SymmetricOperator(ABC):
 
     __rmul__ = __mul__
 
+    def __truediv__(self, divisor: float) -> "SymmetricOperator":
+        return self * (1.0 / divisor) if isinstance(divisor, int | float) else NotImplemented
+
+    def __radd__(self, other: object) -> "SymmetricOperator":
+        """Let sum() start from 0."""
+        return self if isinstance(other, int) and other == 0 else NotImplemented
+
     def __neg__(self) -> "SymmetricOperator":
         return self * -1.0
 

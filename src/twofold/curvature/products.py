@@ -1,18 +1,24 @@
 """Products of H, GN and NME over a whole data set: recordings kept while they are true, averages exact."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from twofold.activations.second_derivative import active_second_derivatives
 from twofold.batches import as_batches, describe, run_forward, to_device
-from twofold.curvature.differentiable import RandomState, borrowed, differentiable_twice, full_precision, unwrap
-from twofold.curvature.dissection import Dissection, Held, Operation
+from twofold.curvature.differentiable import (
+    RandomState,
+    borrowed,
+    composed_kernels,
+    differentiable_twice,
+    full_precision,
+    unwrap,
+)
+from twofold.curvature.dissection import Dissection, Group, Held, Operation
+from twofold.curvature.freshness import Snapshot
 from twofold.curvature.kinds import recorded_apart
 from twofold.curvature.losses import Loss, as_loss
 from twofold.curvature.recording import Recording, check_reached, saved_bytes
@@ -58,8 +64,10 @@ class Products:
     ) -> None:
         if mode not in (None, "train", "eval"):
             raise TwofoldError(f'mode must be "train", "eval" or None; {mode!r} came.')
-        if memory is not None and not memory >= 0:
+        if memory is not None and (isinstance(memory, bool) or not isinstance(memory, int) or memory < 0):
             raise TwofoldError(f"memory is a number of bytes, 0 or more; {memory!r} came.")
+        if weight is not None and not callable(weight):
+            raise TwofoldError(f"weight must be callable as weight(outputs, targets) -> float; {weight!r} came.")
         self.model = unwrap(model)
         self.loss: Loss = as_loss(loss_fn, weight)
         self.parameters = select_parameters(self.model, params)
@@ -73,7 +81,9 @@ class Products:
         self._warned: set[str] = set()
         self._num_batches: int | None = None
         self._bytes_each = 0
-        self._fingerprint: tuple[Any, Tensor] | None = None
+        self._snapshot: Snapshot | None = None
+        generator = getattr(data, "generator", None)
+        self._loader_state = generator.get_state() if isinstance(generator, torch.Generator) else None
 
     @full_precision()
     def matmat(self, rows: Float[Tensor, "K P"], parts: Sequence[Matrix]) -> list[Float[Tensor, "K P"]]:
@@ -106,26 +116,44 @@ class Products:
         self,
         rows: Float[Tensor, "K P"],
         kinds: Sequence[str],
-        group: Callable[[Operation], str],
-        wanted: Callable[[str], bool],
-    ) -> dict[str, Float[Tensor, "K P"]]:
+        group: Callable[[Operation], Group],
+        wanted: Callable[[Group], bool],
+    ) -> dict[Any, Float[Tensor, "K P"]]:
         """Return what groups of operations add to the Hessian, times K vectors; see `Dissection.dissect`.
 
         Args:
             rows: the vectors, [K, P].
             kinds: which kinds of operation are told apart.
-            group: the name of the group that an operation belongs to.
+            group: the group that an operation belongs to.
             wanted: which groups to compute.
         """
         return self._averaged(rows, kinds, lambda recording, v: recording.dissect(v, group, wanted))
+
+    @full_precision()
+    def forms(
+        self, rows: Float[Tensor, "K P"], kinds: Sequence[str], group: Callable[[Operation], Group]
+    ) -> dict[Any, Float[Tensor, "K K"]]:
+        """Return v_i'A v_j of all groups of operations; see `Dissection.forms`."""
+        averages: dict[Any, Tensor] = {}
+        vectors, total = [self.layout.unflatten(row) for row in rows], 0.0
+        for recording in self._recordings(kinds):
+            if recording.count == 0:
+                continue
+            total += recording.count
+            found = recording.forms(vectors, group)
+            zero = torch.zeros(len(rows), len(rows), dtype=torch.float64)
+            for name in averages.keys() | found.keys():
+                self._average_in(averages.setdefault(name, zero.clone()), found.get(name, zero), recording.count, total)
+        self._check_total(total)
+        return averages
 
     def _averaged(
         self,
         rows: Float[Tensor, "K P"],
         kinds: Sequence[str],
-        products: Callable[[Any, list[Tensor]], Mapping[str, list[Tensor]]],
-    ) -> dict[str, Float[Tensor, "K P"]]:
-        averages: dict[str, Tensor] = {}
+        products: Callable[[Any, list[Tensor]], Mapping[Any, list[Tensor]]],
+    ) -> dict[Any, Float[Tensor, "K P"]]:
+        averages: dict[Any, Tensor] = {}
         total, first = 0.0, True
         for recording in self._recordings(kinds):
             if recording.count == 0:
@@ -148,11 +176,11 @@ class Products:
         return averages
 
     @full_precision()
-    def loss_and_gradient(self) -> tuple[float, Float[Tensor, "P"]]:
-        """Return the loss of the whole set and its gradient [P]."""
+    def loss_and_gradient(self, kinds: Sequence[str] = ()) -> tuple[float, Float[Tensor, "P"]]:
+        """Return the loss of the whole set and its gradient [P], from the recordings that tell `kinds` apart."""
         value, total = torch.zeros((), dtype=torch.float64), 0.0
         gradient = torch.zeros(self.layout.size, dtype=self.layout.dtype, device=self.layout.device)
-        for recording in self._recordings():
+        for recording in self._recordings(kinds):
             if recording.count == 0:
                 continue
             total += recording.count
@@ -173,7 +201,7 @@ class Products:
                 "The loss averages over no term at all: every target is ignored (ignore_index), or every weight is 0."
             )
 
-    def _recordings(self, kinds: Sequence[str] = ()) -> Iterator[Recording]:
+    def _recordings(self, kinds: Sequence[str] = ()) -> Iterator[Any]:
         kinds = tuple(kinds)
         self._forget_when_stale()
         kept = {index: recording for (index, of), recording in self._kept.items() if of == kinds}
@@ -182,11 +210,11 @@ class Products:
             return
         del kept
         seen = 0
-        for index, batch in enumerate(self._batches):
+        for index, batch in enumerate(_replayed(self._batches, self._random_states[0], self._loader_state)):
             recording = self._kept.get((index, kinds))
             if recording is None:
                 recording = self._record(index, batch, kinds)
-                if index == 0:
+                if index == 1 and not self._bytes_each:
                     self._bytes_each = saved_bytes(recording)
                 if index == 0 or (len(self._kept) + 1) * self._bytes_each <= self._memory:
                     self._kept[index, kinds] = recording
@@ -209,38 +237,48 @@ class Products:
         with borrowed(self.model, self.parameters, self._mode) as aliases:
             self._random_states[index].restore()
             with ExitStack() as stack:
-                stack.enter_context(differentiable_twice(self.model))
+                repairs = stack.enter_context(differentiable_twice(self.model))
                 if kinds:
-                    stack.enter_context(recorded_apart(self.model, kinds, held, self._warned))
+                    stack.enter_context(
+                        recorded_apart(self.model, kinds, held, self._warned if len(kinds) == 1 else None)
+                    )
                 outputs, targets = run_forward(self._forward, self.model, to_device(batch, self.layout.device))
             if len(self._random_states) == index + 1:
                 after = RandomState()
                 same = after == self._random_states[index]
                 self._random_states.append(self._random_states[index] if same else after)
             check_reached(outputs, self.parameters)
-            recorded = (outputs, targets, self.loss, aliases)
+            around = self._recomputing(aliases) if repairs.checkpointed else nullcontext
+            recorded = (outputs, targets, self.loss, aliases, around)
             recording = Dissection(held, *recorded) if kinds else Recording(*recorded)
         if recording.count > 0 and not torch.isfinite(recording.value):
             raise TwofoldError(NOT_FINITE.format(what="loss", came=recording.value.item(), where=f" (batch {index})"))
         return recording
 
-    def _forget_when_stale(self) -> None:
-        """Drop what was recorded at other parameters, buffers, modes or second derivatives than the present ones.
+    def _recomputing(self, aliases: dict[str, Tensor]) -> Callable[[], AbstractContextManager[None]]:
+        """What segments under a checkpoint are recomputed in: the model as it was lent when they were recorded."""
+        model, parameters, mode = self.model, self.parameters, self._mode
 
-        Fused optimisers and writes through .data do not bump a tensor's version, so values are looked at as well.
-        """
-        tensors = [*self.model.parameters(), *self.model.buffers()]
+        @contextmanager
+        def around() -> Iterator[None]:
+            with borrowed(model, parameters, mode, aliases), composed_kernels(model):
+                yield
+
+        return around
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without recordings, which cannot be copied; a copy makes its own."""
+        return self.__dict__ | {"_kept": {}, "_snapshot": None}
+
+    def _forget_when_stale(self) -> None:
+        """Drop what was recorded from other tensors, modes or second derivatives than the present ones."""
         in_memory = self._batches if isinstance(self._batches, list | tuple) else []
-        watched = [leaf for leaf in tree_leaves(list(in_memory)) if isinstance(leaf, Tensor)]
-        marks = (
-            [(id(module), module.training) for module in self.model.modules()],
-            [(tensor.data_ptr(), _version(tensor)) for tensor in [*tensors, *watched]],
-            active_second_derivatives(),
-        )
-        sums = _checksums(tensors)
-        if self._fingerprint is None or marks != self._fingerprint[0] or not torch.equal(sums, self._fingerprint[1]):
-            self._kept.clear()
-            self._fingerprint = (marks, sums)
+        if self._snapshot is not None and self._snapshot.holds(self.model, self.loss.loss_fn, in_memory):
+            return
+        self._kept.clear()
+        self._snapshot = None
+        self.parameters = self.layout.find(dict(self.model.named_parameters()))
+        self._snapshot = Snapshot(self.model, self.loss.loss_fn, in_memory)
 
 
 def _terms(parts: Sequence[Matrix]) -> list[Matrix]:
@@ -253,29 +291,31 @@ def _terms(parts: Sequence[Matrix]) -> list[Matrix]:
     return [term for term in ("gauss_newton", "nme", "activation_nme", "rest") if term in wanted]
 
 
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+def _replayed(batches: Iterable[Any], state: RandomState, own: Tensor | None) -> Iterator[Any]:
+    """Yield batches that draw the same random numbers each time, leaving every generator as it was.
 
-
-_BLOCKS = 61
-
-
-def _checksums(tensors: Sequence[Tensor]) -> Int64[Tensor, "sums"]:
-    """Sums of the tensors' bits, exact in int64, over 61 blocks each: as fast as memory can be read."""
-    sums = [torch.zeros(0, dtype=torch.int64)]
-    for tensor in tensors:
-        flat = tensor.detach().reshape(-1)
-        flat = torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat
-        words = flat.numel() * flat.element_size() // (8 * _BLOCKS) * _BLOCKS
-        head = words * 8 // flat.element_size()
-        if words and flat.storage_offset() * flat.element_size() % 8 == 0:
-            sums.append(flat[:head].view(torch.int64).view(_BLOCKS, -1).sum(1).cpu())
-        else:
-            head = 0
-        tail = flat[head:]
-        bits = tail.view(_INTEGERS[tail.element_size()]) if tail.is_floating_point() else tail
-        sums.append(bits.to(torch.int64).cpu())
-    return torch.cat(sums)
-
-
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    Iterating a DataLoader draws from torch's global generator or from its own, and a data set may draw as it is read.
+    """
+    if isinstance(batches, list | tuple):
+        yield from batches
+        return
+    generator: Any = getattr(batches, "generator", None)
+    iterator = None
+    while True:
+        outside = RandomState()
+        outside_own = None if own is None else generator.get_state()
+        state.restore()
+        try:
+            if iterator is None:
+                if own is not None:
+                    generator.set_state(own)
+                iterator = iter(batches)
+            batch = next(iterator)
+            state = RandomState()
+        except StopIteration:
+            return
+        finally:
+            outside.restore()
+            if outside_own is not None:
+                generator.set_state(outside_own)
+        yield batch

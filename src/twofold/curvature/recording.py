@@ -7,6 +7,7 @@ gate lets the curvature of the loss into the same pass. In units of one forward 
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, cached_property
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.utils._pytree import tree_leaves
 
+from twofold.batches import describe
 from twofold.curvature.differentiable import refusals_named
 from twofold.curvature.losses import Loss, OutputProduct, detached_leaves, is_differentiable
 from twofold.errors import CHECKPOINT, HIDDEN_PARAMETER, LOSS_USES_PARAMETERS, TwofoldError
@@ -57,6 +59,8 @@ class Recording:
         loss: the recognised loss.
         parameters: the chosen parameters by name, leaves of the graph.
 
+        around: entered around every pass that differentiates: what segments under a checkpoint are recomputed in.
+
     Attributes:
         value: the loss, detached.
         count: the batch's weight in an average over a data set.
@@ -67,11 +71,22 @@ class Recording:
         TwofoldError: the loss is not scalar, or depends on the parameters beside the outputs.
     """
 
-    def __init__(self, outputs: Any, targets: Any, loss: Loss, parameters: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        outputs: Any,
+        targets: Any,
+        loss: Loss,
+        parameters: Mapping[str, Tensor],
+        around: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        self.around = around
         self.parameters = list(parameters.values())
         self.outputs: list[Tensor] = [leaf for leaf in tree_leaves(outputs) if is_differentiable(leaf)]
         if not self.outputs:
-            raise TwofoldError(f"The model's outputs hold no floating-point tensor: {type(outputs).__name__}.")
+            raise TwofoldError(
+                f"The model's outputs hold no real floating-point tensor: {describe(outputs)}. Pass forward=f with "
+                "f(model, batch) -> (outputs, targets) that returns the tensors to differentiate."
+            )
         leaves, detached = detached_leaves(outputs)
         value = loss(detached, targets)
         self.count = loss.count(detached, targets)
@@ -98,7 +113,7 @@ class Recording:
         attached = [z for z in self.outputs if z.requires_grad]
         if not attached:
             return [torch.zeros_like(p) for p in self.parameters], [], []
-        with torch.enable_grad(), refusals_named():
+        with torch.enable_grad(), refusals_named(), self.around():
             every = _LossGradient.apply(self._gate, *self.outputs)
             u = [gradient for gradient, z in zip(every, self.outputs, strict=True) if z.requires_grad]
             w = torch.autograd.grad(attached, self.parameters, u, create_graph=True, materialize_grads=True)
@@ -122,7 +137,8 @@ class Recording:
         if not pairs:
             return [torch.zeros_like(p) for p in self.parameters]
         attached, u = zip(*pairs, strict=True)
-        return list(torch.autograd.grad(attached, self.parameters, u, retain_graph=True, materialize_grads=True))
+        with self.around():
+            return list(torch.autograd.grad(attached, self.parameters, u, retain_graph=True, materialize_grads=True))
 
     @refusals_named()
     def jvp(self, vector: Sequence[Tensor]) -> list[Tensor]:
@@ -163,7 +179,8 @@ class Recording:
         curved, v = zip(*pairs, strict=True)
         self._gate.open = gate_open
         try:
-            return list(torch.autograd.grad(curved, inputs, v, retain_graph=True, materialize_grads=True))
+            with self.around():
+                return list(torch.autograd.grad(curved, inputs, v, retain_graph=True, materialize_grads=True))
         finally:
             self._gate.open = False
 
@@ -186,7 +203,9 @@ def _check_loss_graph(value: Tensor, outputs: Sequence[Tensor], parameters: Mapp
     """Refuse a loss that reaches the chosen parameters by another way than the outputs."""
     places = {parameter.data_ptr(): name for name, parameter in parameters.items() if parameter.numel()}
     for leaf in leaves_of([value]):
-        if leaf.data_ptr() in places and leaf.numel() and not any(leaf is output for output in outputs):
+        if leaf.layout != torch.strided or not leaf.numel():
+            continue
+        if leaf.data_ptr() in places and not any(leaf is output for output in outputs):
             raise TwofoldError(LOSS_USES_PARAMETERS.format(name=places[leaf.data_ptr()]))
 
 
@@ -233,12 +252,17 @@ def _check_once_differentiable(outputs: Sequence[Tensor], gradients: Sequence[Te
 
 def saved_bytes(recording: Recording) -> int:
     """Bytes that the recorded graphs hold for their backward passes, each piece of memory counted once."""
+    with recording.around():
+        return _saved_bytes(recording)
+
+
+def _saved_bytes(recording: Recording) -> int:
     storages: dict[int, int] = {}
     nodes = list(graph_nodes([*recording.outputs, *recording._reverse[0]]))
     for node in nodes:
         saved = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
         for tensor in tree_leaves([saved, getattr(node, "saved_tensors", ())]):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
                 storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         # An operation that is told apart keeps a graph of its own.
         apart = [*getattr(node, "gradients", ()), *getattr(getattr(node, "operation", None), "outputs", ())]
