@@ -255,7 +255,8 @@ class Dissection(Recording):
         if not sources:
             return [torch.zeros_like(parameter) for parameter in self.parameters]
         edges, values = zip(*sources, strict=True)
-        return list(torch.autograd.grad(edges, self.parameters, values, retain_graph=True, materialize_grads=True))
+        with self.around():
+            return list(torch.autograd.grad(edges, self.parameters, values, retain_graph=True, materialize_grads=True))
 
 
 def _inner(left: Sequence[Tensor | None], right: Sequence[Tensor | None]) -> float:

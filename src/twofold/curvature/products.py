@@ -239,9 +239,8 @@ class Products:
             with ExitStack() as stack:
                 repairs = stack.enter_context(differentiable_twice(self.model))
                 if kinds:
-                    stack.enter_context(
-                        recorded_apart(self.model, kinds, held, self._warned if len(kinds) == 1 else None)
-                    )
+                    warned = self._warned if len(kinds) == 1 else None
+                    stack.enter_context(recorded_apart(self.model, kinds, held, warned))
                 outputs, targets = run_forward(self._forward, self.model, to_device(batch, self.layout.device))
             if len(self._random_states) == index + 1:
                 after = RandomState()
