@@ -1,3 +1,6 @@
+import math
+
+import pandas as pd
 import pytest
 
 from lab.synthetic import noise, table_of
@@ -5,12 +8,32 @@ from twofold.lab.figures import find_figure, style
 from twofold.lab.figures.scales import find_scale
 
 QUICK = find_scale("quick")
-NUMBERS = (2, 3, 4, 5, 10)
+NUMBERS = (2, 3, 4, 5, 6, 8, 9, 10)
 
 
-def verdicts_of(number, accuracy, scale=QUICK):
+def plain(config, split):
+    return 60.0 + noise(config)
+
+
+def no_epochs(config):
+    return pd.DataFrame({"epoch": [0, 25], "step": [0, 800]})
+
+
+def table_with(number, accuracy=plain, epochs=no_epochs, scale=QUICK):
+    """The runs of a figure with chosen accuracies and, under "metrics", chosen rows for each epoch."""
     figure = find_figure(number)
-    return {v.finding: v for v in figure.verdicts(table_of(figure, scale, accuracy), scale)}
+    table = table_of(figure, scale, accuracy)
+    return table.assign(metrics=[epochs(config) for config in figure.runs(scale, "mnist1d")])
+
+
+def verdicts_of(number, accuracy=plain, epochs=no_epochs, scale=QUICK):
+    table = table_with(number, accuracy, epochs, scale)
+    return {v.finding: v for v in find_figure(number).verdicts(table, scale)}
+
+
+def one(found, *words):
+    (verdict,) = [v for text, v in found.items() if all(word in text for word in words)]
+    return verdict
 
 
 def is_psam(config, activation):
@@ -111,16 +134,167 @@ def test_numbers_hold_every_point_once(number):
     assert number == 5 or runs == len(table)
 
 
+# figures 4 and 5: strengths
+
+
+def by_name(**drops):
+    """Accuracy that a regularizer, at some strength of it, takes away."""
+
+    def accuracy(config, split):
+        drop = drops.get(config.regularizer.name, lambda strength: 0.0)
+        return 60.0 + noise(config) - (drop(config.regularizer.strength) if config.regularizer.strength else 0.0)
+
+    return accuracy
+
+
+@pytest.mark.parametrize(("drop", "expected"), [(20.0, "shows"), (0.0, "does not show"), (-20.0, "opposite")])
+def test_breaking_is_judged_at_the_largest_strength(drop, expected):
+    found = verdicts_of(4, by_name(hessian_trace=lambda c: drop if c == 0.008 else 0.0))
+    assert one(found, "tr H breaks").verdict == expected
+    assert one(found, "weight noise breaks").verdict == "does not show"
+    assert one(found, "tr GN still helps").verdict == "does not show"
+
+
+def test_both_conventions_of_equal_strength():
+    """Noise costs what its sigma^2 says, the penalty what its strength says: they agree where they are matched."""
+
+    def cost(sigma_squared):
+        return 1000 * sigma_squared
+
+    accuracy = by_name(weight_noise=lambda sigma: cost(sigma**2), gauss_newton_trace=lambda c: cost(2 * c))
+    matched = one(verdicts_of(4, accuracy), "matched")
+    paper = one(verdicts_of(4, accuracy), "paper's convention")
+    assert matched.effect == pytest.approx(0.0, abs=0.3)
+    # sigma^2 tr GN stands at 2 sigma^2; the last of the strengths has no such partner
+    assert paper.effect == pytest.approx(-sum(map(cost, (1e-3, 2e-3, 4e-3, 8e-3))) / 4, abs=0.3)
+
+
+@pytest.mark.parametrize(("gain", "expected"), [(5.0, "shows"), (-5.0, "opposite"), (0.0, "does not show")])
+def test_best_penalty_on_gauss_newton(gain, expected):
+    found = verdicts_of(4, by_name(gauss_newton_trace=lambda c: -gain))
+    assert one(found, "best penalty on tr GN helps").verdict == expected
+    for other in ("weight noise (each", "tr H (each", "tr H (equal"):
+        assert one(found, "more than " + other).verdict == expected
+
+
+def test_two_seeds_of_figure_5_decide_nothing_and_ten_do():
+    accuracy = by_name(hessian_trace=lambda c: 40.0)
+    assert {v.verdict for v in verdicts_of(5, accuracy).values()} == {"undecided"}
+    assert {v.verdict for v in verdicts_of(5, accuracy, scale=find_scale("cpu")).values()} == {"shows"}
+
+
+# figure 6: traces along training
+
+
+def traces(of_config):
+    def epochs(config):
+        gauss_newton, nme = of_config(config)
+        scale = 1 + 0.01 * (config.seed % 3)
+        columns = {"gauss_newton": gauss_newton, "nme": nme, "hessian": gauss_newton + nme}
+        measured = {f"curvature/{m}/trace": [10.0, scale * value, math.nan] for m, value in columns.items()}
+        return pd.DataFrame({"epoch": [0, 12, 13], "step": [0, 384, 400], **measured})
+
+    return epochs
+
+
+@pytest.mark.parametrize(("nme", "expected"), [(-3000.0, "shows"), (500.0, "opposite"), (-200.0, "does not show")])
+def test_penalised_trace_runs_negative(nme, expected):
+    def of_config(config):
+        return (200.0, nme if config.regularizer.name == "hessian_trace" and config.model.activation == "gelu" else 0.0)
+
+    found = verdicts_of(6, epochs=traces(of_config))
+    judged = one(found, "runs to negative")
+    assert judged.verdict == expected
+    assert judged.effect == pytest.approx(-100 * (200 + nme) / (200 + abs(nme)))
+    assert one(found, "keeps tr H positive").effect == pytest.approx(100)
+    assert one(found, "control").verdict == "shows"
+    assert one(found, "tr GN lower").verdict == "does not show"
+
+
+def test_a_trace_that_was_never_measured_is_undecided_and_drawn():
+    table = table_with(6)
+    assert {v.verdict for v in find_figure(6).verdicts(table, QUICK)} == {"undecided"}
+    assert find_figure(6).numbers(table).empty
+    with style.applied():
+        assert style.to_svg(find_figure(6).draw(table, 3))
+
+
+# figures 8 and 9: beta
+
+
+def over_beta(**at_largest):
+    def accuracy(config, split):
+        largest = config.model.beta == 64
+        return 60.0 + noise(config) - (at_largest.get(config.regularizer.name, 0.0) if largest else 0.0)
+
+    return accuracy
+
+
+@pytest.mark.parametrize(("fall", "expected"), [(9.0, "shows"), (-9.0, "opposite"), (0.0, "does not show")])
+def test_psam_falls_with_beta(fall, expected):
+    found = verdicts_of(8, over_beta(gradient_penalty=fall))
+    assert one(found, "PSAM falls as").verdict == expected
+    assert one(found, "more than SGD").verdict == expected
+    assert one(found, "more than SAM").verdict == expected
+    assert one(found, "parts from SAM").verdict == ("shows" if fall else "does not show")
+    assert one(verdicts_of(8, over_beta(gradient_penalty=fall, sam=fall)), "more than SAM").verdict == "does not show"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"), [(0.3, 0.1, "shows"), (0.1, 0.3, "shows"), (0.99, 1.0, "does not show")]
+)
+def test_live_second_derivatives(before, after, expected):
+    def epochs(config):
+        large, shift = config.model.beta == 64, 0.001 * (config.seed % 3)
+        values = [before - shift, math.nan, after - shift] if large else [1.0, math.nan, 1.0]
+        return pd.DataFrame({"epoch": [0, 1, 2], "step": [0, 32, 64], "activation/live_fraction": values})
+
+    found = verdicts_of(9, epochs=epochs)
+    assert one(found, "before training").effect == pytest.approx(100 * (1 - before), abs=0.2)
+    assert one(found, "after PSAM").effect == pytest.approx(100 * (1 - after), abs=0.2)
+    assert {v.verdict for v in found.values()} == {expected}
+
+
+def test_live_second_derivatives_that_were_not_measured():
+    assert {v.verdict for v in verdicts_of(9).values()} == {"undecided"}
+    with style.applied():
+        assert style.to_svg(find_figure(9).draw(table_with(9), 3))
+
+
+def test_figure_9_runs_nothing_beyond_figure_8():
+    for scale in map(find_scale, ("smoke", "quick", "cpu")):
+        assert set(find_figure(9).runs(scale, "mnist1d")) < set(find_figure(8).runs(scale, "mnist1d"))
+
+
+# drawing
+
+
+def along_training(config):
+    epochs = traces(lambda config: (100.0, -900.0))(config)
+    return epochs.assign(**{"activation/live_fraction": [1.0, 0.5, 0.4]})
+
+
 @pytest.mark.parametrize("number", NUMBERS)
 def test_files_are_the_same_byte_for_byte(number):
-    figure = find_figure(number)
-    table = table_of(figure, QUICK, lambda config, split: 60.0 + noise(config))
+    table = table_with(number, epochs=along_training)
 
     def files():
         with style.applied():
-            drawing = figure.draw(table, 3)
+            drawing = find_figure(number).draw(table, 3)
             return style.to_svg(drawing), style.to_png(drawing)
 
     first = files()
     assert first == files()
     assert b"<path" in first[0]
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize("columns", [1, 3])
+def test_legends_fit(number, columns):
+    with style.applied():
+        drawing = find_figure(number).draw(table_with(number, epochs=along_training), columns)
+        drawing.draw_without_rendering()
+        (legend,) = drawing.legends
+        box = legend.get_window_extent()
+        assert box.x0 >= 0
+        assert box.x1 <= drawing.bbox.x1

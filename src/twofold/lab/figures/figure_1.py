@@ -26,6 +26,7 @@ from twofold.lab.figures.verdicts import (
     confidence_interval,
     decide,
     paired_difference,
+    rule_for,
 )
 
 if TYPE_CHECKING:
@@ -64,13 +65,8 @@ DIFFERS = (
 )
 
 RULE = (
-    "Every effect is a difference paired by seed, in points of accuracy (percent), positive in the direction that the "
-    f"paper claims, with a 95 % Student-t interval over seeds. The smallest effect that matters is {SMALLEST:g} point. "
-    f"Shows: the interval lies above 0 and the effect is at least {SMALLEST:g}. "
-    f"Opposite: the interval lies below 0 and the effect is at most -{SMALLEST:g}. "
-    f"Does not show: the interval lies inside -{SMALLEST:g} to {SMALLEST:g}. "
-    "Undecided: anything else, and always with fewer than three seeds. "
-    "A method's own best rho is the one above 0 with the highest mean validation accuracy, the same for all seeds."
+    rule_for("a difference paired by seed, in points of accuracy (percent)", SMALLEST)
+    + " A method's own best rho is the one above 0 with the highest mean validation accuracy, the same for all seeds."
 )
 
 TRACKING = "1: PSAM follows SAM with GELU and falls behind with ReLU (training accuracy)"
@@ -151,7 +147,7 @@ def draw(table: pd.DataFrame, columns: int = 3) -> matplotlib.figure.Figure:
         style.strength_curves(panel, lines, column, within=None if column == "distance" else (0, 100))
         panel.set_title(kinds[column])
         panel.set_ylabel(data)
-    style.legend_above(figure, axes[0], columns)
+    style.legend_above(figure, axes[0])
     return figure
 
 

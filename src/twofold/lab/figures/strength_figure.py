@@ -100,7 +100,7 @@ def draw_accuracy(
         style.strength_curves(panel, lines, split, within=(0, 100), axis=axis)
         panel.set_title(PANELS[split])
         panel.set_ylabel(data)
-    style.legend_above(figure, axes[0], min(columns, 2))
+    style.legend_above(figure, axes[0])
     return figure
 
 

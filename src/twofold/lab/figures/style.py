@@ -20,6 +20,7 @@ COLOURS = {"gelu": "#2f7ed8", "relu": "#e8702a", "green": "#2a9d6f", "purple": "
 """Readable on white and on near-black, and apart for colour-blind eyes; line style and marker say it a second time."""
 
 _PANEL_INCHES = (3.5, 2.75)
+_LINE_INCHES, _LETTER_INCHES = 0.75, 0.08  # room in a legend for a line's sample and for a letter of its label
 _SETTINGS = {
     "svg.hashsalt": "twofold",
     "svg.fonttype": "path",
@@ -68,10 +69,12 @@ def panels(count: int, columns: int) -> tuple[Figure, list[Axes]]:
     return figure, [figure.add_subplot(rows, columns, i + 1) for i in range(count)]
 
 
-def legend_above(figure: Figure, axes: Axes, columns: int) -> None:
-    """One legend for all panels, above them, from the labelled lines of one."""
+def legend_above(figure: Figure, axes: Axes) -> None:
+    """One legend for all panels, above them, from the labelled lines of one; as many columns as fit."""
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 2 * columns), handlelength=3.2)
+    entry = _LINE_INCHES + _LETTER_INCHES * max(map(len, labels), default=0)
+    columns = min(len(labels), max(1, int(figure.get_figwidth() / entry)))
+    figure.legend(handles, labels, loc="outside upper center", ncols=max(1, columns), handlelength=3.2)
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,18 @@ def confidence_interval(values: Iterable[float]) -> Interval:
     return Interval(mean, mean - half, mean + half, count)
 
 
+def rule_for(effect: str, smallest: float) -> str:
+    """The rule at the top of this file for readers, with what an effect is and the smallest that matters."""
+    return (
+        f"Every effect is {effect}, positive in the direction that the paper claims, with a 95 % Student-t interval "
+        f"over seeds. The smallest effect that matters is {smallest:g}. "
+        f"Shows: the interval lies above 0 and the effect is at least {smallest:g}. "
+        f"Opposite: the interval lies below 0 and the effect is at most -{smallest:g}. "
+        f"Does not show: the interval lies inside -{smallest:g} to {smallest:g}. "
+        "Undecided: anything else, and always with fewer than three seeds."
+    )
+
+
 def paired_difference(first: pd.Series, second: pd.Series) -> pd.Series:
     """first - second for the seeds (the index of both) that have both numbers."""
     return (first - second).dropna()
