@@ -19,7 +19,7 @@ from twofold.curvature.differentiable import ModuleState, unwrap
 from twofold.curvature.losses import as_loss
 from twofold.errors import TwofoldError, TwofoldWarning
 from twofold.parameters import norm, select_parameters
-from twofold.regularizers.gradients import Gradients, accumulate, add_scaled
+from twofold.regularizers.gradients import Gradients, accumulate, add_scaled, refuse_sparse
 from twofold.regularizers.memory import Memory
 from twofold.regularizers.microbatches import joined, split
 from twofold.regularizers.passes import ModelPasses, Passes, RandomSources
@@ -87,6 +87,8 @@ class Regularizer(ABC):
     def __post_init__(self) -> None:
         check_count("interval", self.interval)
         check_count("microbatches", self.microbatches)
+        if self.params is not None and not isinstance(self.params, str):
+            self.params = tuple(self.params)
         if not isinstance(self.share_masks, bool):
             raise TwofoldError(f"share_masks must be True or False; {self.share_masks!r} came.")
         if self.generator is not None and not isinstance(self.generator, torch.Generator):
@@ -184,6 +186,7 @@ class Regularizer(ABC):
             raise TwofoldError(f"weight must be a finite number; {weight!r} came.")
         _refuse_parallel(model)
         model = unwrap(model)
+        refuse_sparse(model)
         parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         chosen = self._chosen_among(model, parameters)
         scale = 1.0 if scaler is None else _scale_of(scaler, next(iter(parameters.values())))

@@ -19,11 +19,20 @@ def add_scaled(known: Tensor | None, new: Tensor | None, factor: float) -> Tenso
     return new * factor if known is None else known.add(new, alpha=factor)
 
 
+SPARSE = "A parameter has a sparse gradient; build its nn.Embedding with sparse=False."
+
+
+def refuse_sparse(model: nn.Module) -> None:
+    """Refuse embeddings with sparse gradients before any pass is made."""
+    if any(isinstance(module, nn.Embedding) and module.sparse for module in model.modules()):
+        raise TwofoldError(SPARSE)
+
+
 def unscaled(gradients: Sequence[Tensor | None], scale: float) -> Gradients:
     """Divide gradients of a scaled loss by the scale."""
     for gradient in gradients:
         if gradient is not None and gradient.is_sparse:
-            raise TwofoldError("A parameter has a sparse gradient; build its nn.Embedding with sparse=False.")
+            raise TwofoldError(SPARSE)
     if scale == 1:
         return list(gradients)
     return [None if gradient is None else gradient / scale for gradient in gradients]

@@ -1,6 +1,6 @@
 """A batch cut into parts, and the outputs of the parts joined again."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ def split(batch: Any, num_parts: int) -> list[Any]:
     Raises:
         TwofoldError: the first dimensions differ, or are shorter than the number of parts.
     """
+    batch = dict(batch) if isinstance(batch, Mapping) else batch
     tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
     sizes = {tensor.shape[0] if tensor.dim() else 0 for tensor in tensors}
     if len(sizes) != 1 or not num_parts <= min(sizes):
