@@ -36,8 +36,9 @@ class SharpnessAware(Optimizer):
 
     Args:
         base: any torch optimiser.
-        reg: SAM, USAM, WeightNoise, GradientPenalty(method="finite_difference") or HessianTrace(method="difference").
-            For reg.params, build `base` from model.named_parameters().
+        reg: what needs gradients only: every method of the SAM family but EigenSAM, WeightNoise,
+            GradientPenalty(method="finite_difference") or HessianTrace(method="difference"). It is attached to `base`.
+            For reg.params, rho by pattern and ASAM, build `base` from model.named_parameters().
 
     Raises:
         TwofoldError: base is no optimiser, or reg no regularizer, or its options do not work from a closure.
