@@ -140,6 +140,11 @@ def test_rho_by_pattern_is_that_of_the_first_match(make):
         step_of(named=False)
 
 
+def test_antithetic_is_a_flag():
+    with pytest.raises(TwofoldError, match=r"antithetic.*2"):
+        WeightNoise(sigma=0.1, antithetic=2)
+
+
 def test_patterns_that_make_no_sense_are_refused():
     problem = Problem()
     with pytest.raises(TwofoldError, match=r"'\*\.bias'.*'0\.weight'"):
