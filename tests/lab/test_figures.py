@@ -71,8 +71,9 @@ def test_every_figure_has_distinct_runs_at_every_scale(number, scale):
     for data in scale.recipes:
         configs = find_figure(number).runs(scale, data)
         assert len({run_id(config) for config in configs}) == len(configs)
-        assert {config.data.name for config in configs} == {data}
-        assert min(config.seed for config in configs) >= 100
+        assert {config.data.name for config in configs} == ({data} if configs else set())
+        assert min((config.seed for config in configs), default=100) >= 100
+        assert configs or number == 7  # the toy landscape
 
 
 def test_figure_1_pairs_all_methods_over_the_same_seeds():

@@ -1,14 +1,18 @@
 import math
 
+import numpy as np
 import pandas as pd
 import pytest
+import torch
+from torch import nn
 
 from lab.synthetic import noise, table_of
-from twofold.lab.figures import find_figure, style
+from twofold import BetaGELU, Curvature
+from twofold.lab.figures import figure_7, find_figure, style
 from twofold.lab.figures.scales import find_scale
 
 QUICK = find_scale("quick")
-NUMBERS = (2, 3, 4, 5, 6, 8, 9, 10)
+NUMBERS = range(2, 11)
 
 
 def plain(config, split):
@@ -266,6 +270,43 @@ def test_figure_9_runs_nothing_beyond_figure_8():
         assert set(find_figure(9).runs(scale, "mnist1d")) < set(find_figure(8).runs(scale, "mnist1d"))
 
 
+# figure 7: the toy
+
+
+@pytest.mark.parametrize("beta", [1.0, 16.0, math.inf])
+def test_the_toy_is_the_network_that_it_says(beta):
+    toy = figure_7.Toy.draw(101)
+    model = nn.Sequential(nn.Linear(1, 2), nn.ReLU() if math.isinf(beta) else BetaGELU(beta), nn.Linear(2, 1)).double()
+    with torch.no_grad():
+        model[0].bias.copy_(torch.tensor(toy.b, dtype=torch.float64))
+        model[2].weight.copy_(torch.tensor([toy.a], dtype=torch.float64))
+        model[2].bias.zero_()
+    batch = tuple(torch.tensor([[number]], dtype=torch.float64) for number in (toy.x, toy.y))
+    for weights in ([0.3, -1.2], [-toy.b[0] / toy.x + 0.01, 0.05]):
+        with torch.no_grad():
+            model[0].weight.copy_(torch.tensor(weights, dtype=torch.float64)[:, None])
+        curvature = Curvature(model, nn.MSELoss(), batch, params=["0.weight"])
+        loss, norm = toy.surfaces(beta, *(np.array([w]) for w in weights))
+        assert loss.item() == pytest.approx(curvature.loss(), rel=1e-9)
+        assert norm.item() == pytest.approx(curvature.nme.to_dense().norm().item(), rel=1e-9, abs=1e-15)
+
+
+def test_surfaces_differ_by_a_percentage():
+    ones, zeros = np.ones((2, 2)), np.zeros((2, 2))
+    assert figure_7.difference(ones, ones) == 0
+    assert figure_7.difference(ones, zeros) == 100
+    assert figure_7.difference(3 * ones, ones) == 50
+
+
+def test_the_toys_verdicts_are_those_of_its_seeds():
+    for scale in (QUICK, find_scale("cpu")):
+        found = find_figure(7).verdicts(pd.DataFrame(), scale)
+        assert {v.data for v in found} == {"toy"}
+        assert {v.seeds for v in found} == {len(scale.seeds)}
+        effects = [figure_7.confined(figure_7.Toy.draw(seed)) for seed in scale.seeds]
+        assert one({v.finding: v for v in found}, "strips").effect == pytest.approx(np.mean(effects))
+
+
 # drawing
 
 
@@ -288,7 +329,7 @@ def test_files_are_the_same_byte_for_byte(number):
     assert b"<path" in first[0]
 
 
-@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize("number", [number for number in NUMBERS if number != 7])
 @pytest.mark.parametrize("columns", [1, 3])
 def test_legends_fit(number, columns):
     with style.applied():

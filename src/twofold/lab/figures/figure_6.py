@@ -112,7 +112,8 @@ def draw(table: pd.DataFrame, columns: int = 3) -> matplotlib.figure.Figure:
         drawn = points[(points["data"] == data) & (points["activation"] == activation)]
         for label, rows in drawn.groupby("curve", sort=False):
             colour, marker, dash = LOOKS[str(label)]
-            panel.fill_between(rows["step"], rows[f"{name}_low"], rows[f"{name}_high"], color=colour, alpha=0.15, lw=0)
+            low = rows[f"{name}_low"].clip(lower=0.0 if name == "tr GN" else None)  # GN has no negative trace
+            panel.fill_between(rows["step"], low, rows[f"{name}_high"], color=colour, alpha=0.15, lw=0)
             panel.plot(rows["step"], rows[name], color=colour, marker=marker, linestyle=dash, label=label)
         panel.axhline(0, color=style.INK, linewidth=1)
         panel.set_yscale("symlog", linthresh=10)
