@@ -190,3 +190,16 @@ def test_an_estimate_reads_well():
     estimate = twofold.Estimate(12.3456, 0.5, 64)
     assert str(estimate) == "12.35 ± 0.5 (64 matvecs)"
     assert float(estimate) == 12.3456
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [twofold.trace, twofold.frobenius_norm, twofold.diagonal, twofold.eigsh, twofold.spectral_density],
+    ids=lambda estimator: estimator.__name__,
+)
+def test_estimates_do_not_depend_on_the_callers_autocast(estimator):
+    A = torch.randn(40, 40, dtype=torch.float32)
+    A = A + A.T
+    expected = str(estimator(A))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert str(estimator(A)) == expected

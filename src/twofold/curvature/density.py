@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from twofold.curvature.differentiable import full_precision
 from twofold.curvature.lanczos import Krylov
 from twofold.curvature.probes import check_count, check_square, generator_for, rademacher, vectors_of
 from twofold.errors import TwofoldError
@@ -17,6 +18,7 @@ _MARGIN = 5
 """Widths by which the default grid reaches beyond the nodes: 3e-7 of a Gaussian lies outside."""
 
 
+@full_precision()
 def spectral_density(
     operator: Any,
     *,

@@ -5,10 +5,12 @@ from typing import Any
 
 import torch
 
+from twofold.curvature.differentiable import full_precision
 from twofold.curvature.probes import check_count, check_square, product_of, rademacher
 from twofold.types import DiagonalEstimate
 
 
+@full_precision()
 def diagonal(operator: Any, num_matvecs: int = 64, *, generator: torch.Generator | None = None) -> DiagonalEstimate:
     """Estimate diag A = E v * (A v), entry by entry, with Rademacher probes v.
 

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from twofold.curvature.differentiable import full_precision
 from twofold.curvature.lanczos import ROUNDING, Krylov, norm_of
 from twofold.curvature.probes import check_count, check_square, vectors_of
 from twofold.errors import TwofoldError, TwofoldWarning
@@ -18,6 +19,7 @@ Which: TypeAlias = Literal["LA", "SA", "LM", "BE"]
 _MISS_PROBABILITY = 0.05
 
 
+@full_precision()
 def eigsh(
     operator: Any,
     k: int = 6,

@@ -4,10 +4,12 @@ from typing import Any
 
 import torch
 
+from twofold.curvature.differentiable import full_precision
 from twofold.curvature.probes import check_count, check_square, product_of, rademacher, root_of, summarise
 from twofold.types import Estimate
 
 
+@full_precision()
 def frobenius_norm(operator: Any, num_matvecs: int = 64, *, generator: torch.Generator | None = None) -> Estimate:
     """Estimate ||A||_F from E ||Av||^2 = ||A||_F^2 with Rademacher probes v.
 

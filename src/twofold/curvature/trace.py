@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from twofold.curvature.differentiable import full_precision
 from twofold.curvature.probes import (
     check_count,
     check_square,
@@ -26,6 +27,7 @@ degree 2) the factor is 2, where it does not, 1; measured, 1.0 to 1.8. The paper
 """
 
 
+@full_precision()
 def trace(
     operator: Any,
     num_matvecs: int = 64,
