@@ -255,6 +255,7 @@ def measure(
         num_examples: how many training examples, from the first on.
         data_dir: where data files lie.
     """
+    import torch
     import torch.nn.functional as F
 
     from twofold.lab.data import load
@@ -263,6 +264,8 @@ def measure(
     if num_examples is not None and num_examples < 1:
         raise TwofoldError(f"--num-examples is {num_examples}; expected at least 1.")
     model, config = load_model(directory)
+    # As the run was trained; more threads than idle cores make a small model many times slower.
+    torch.set_num_threads(config.threads)
     train_set = load(config.data, _data_dir(data_dir)).train
     inputs, targets = (tensor[:num_examples] for tensor in train_set)
     batches = list(zip(inputs.split(1000), targets.split(1000), strict=True))
