@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -9,7 +10,10 @@ from torch import nn
 from lab.synthetic import noise, table_of
 from twofold import BetaGELU, Curvature
 from twofold.lab.figures import figure_7, find_figure, style
+from twofold.lab.figures import traces as traces_file
 from twofold.lab.figures.scales import find_scale
+from twofold.lab.runs import RunDirectory, load_table, run_id
+from twofold.lab.training import train
 
 QUICK = find_scale("quick")
 NUMBERS = range(2, 11)
@@ -173,6 +177,13 @@ def test_both_conventions_of_equal_strength():
     assert paper.effect == pytest.approx(-sum(map(cost, (1e-3, 2e-3, 4e-3, 8e-3))) / 4, abs=0.3)
 
 
+@pytest.mark.parametrize("scale", ["smoke", "quick", "cpu", "paper"])
+def test_every_scale_has_strengths_for_both_conventions(scale):
+    values = traces_file.SIGMA_SQUARED[scale]
+    for factor in traces_file.CONVENTIONS.values():
+        assert any(factor * value in values for value in values)
+
+
 @pytest.mark.parametrize(("gain", "expected"), [(5.0, "shows"), (-5.0, "opposite"), (0.0, "does not show")])
 def test_best_penalty_on_gauss_newton(gain, expected):
     found = verdicts_of(4, by_name(gauss_newton_trace=lambda c: -gain))
@@ -305,6 +316,38 @@ def test_the_toys_verdicts_are_those_of_its_seeds():
         assert {v.seeds for v in found} == {len(scale.seeds)}
         effects = [figure_7.confined(figure_7.Toy.draw(seed)) for seed in scale.seeds]
         assert one({v.finding: v for v in found}, "strips").effect == pytest.approx(np.mean(effects))
+
+
+# real runs
+
+
+@pytest.mark.filterwarnings("ignore::twofold.TwofoldWarning")  # penalties on ReLU nets are drawn on purpose
+@pytest.mark.parametrize("number", NUMBERS)
+def test_real_runs_of_a_small_net_are_judged_and_drawn(number, tmp_path):
+    figure, scale = find_figure(number), replace(find_scale("smoke"), seeds=(100,))
+    configs = [
+        replace(
+            config,
+            data=replace(config.data, num_train=40, num_validation=20, num_test=20),
+            model=replace(config.model, width=4, depth=1),
+            batch_size=20,
+            curvature_probe=20,
+            curvature_matvecs=2,
+            max_steps=3,
+        )
+        for config in figure.runs(scale, "mnist1d")
+    ]
+    for config in configs:
+        train(config, directory=RunDirectory(tmp_path, config))
+    table = load_table(tmp_path, [run_id(config) for config in configs])
+    found = figure.verdicts(table, scale)
+    assert {v.seeds for v in found} == {1}
+    assert all(math.isfinite(v.effect) for v in found)
+    assert {v.verdict for v in found} == {"undecided"}
+    numbers = figure.numbers(table).select_dtypes("number")
+    assert numbers[[name for name in numbers if not name.endswith(("_low", "_high"))]].notna().all(axis=None)
+    with style.applied():
+        assert style.to_svg(figure.draw(table, 3))
 
 
 # drawing

@@ -99,7 +99,10 @@ def best_strength(runs: pd.DataFrame) -> float:
 
 
 def over_strengths(difference: pd.DataFrame, low: float = 0.0, high: float = math.inf) -> pd.Series:
-    """Mean over strengths above `low` and up to `high` by seed; NaN for a seed that lacks a run."""
+    """Mean over strengths above `low` and up to `high` by seed.
+
+    NaN for a seed that lacks a run, since its mean would be over other strengths.
+    """
     strengths = difference.columns.astype(float)
     return difference.loc[:, (strengths > low) & (strengths <= high)].mean(axis=1, skipna=False)
 

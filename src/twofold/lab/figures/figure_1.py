@@ -14,7 +14,17 @@ import pandas as pd
 
 from twofold.lab.config import RegularizerConfig, RunConfig
 from twofold.lab.figures import style
-from twofold.lab.figures.curves import accuracy, at_strength, best_strength, interval_columns, num_diverged, summarise
+from twofold.lab.figures.curves import (
+    accuracy,
+    at_equal_strength,
+    at_strength,
+    best_against_best,
+    best_strength,
+    distance,
+    interval_columns,
+    num_diverged,
+    summarise,
+)
 from twofold.lab.figures.figure import Figure
 from twofold.lab.figures.scales import Scale
 from twofold.lab.figures.verdicts import (
@@ -118,8 +128,8 @@ def numbers(table: pd.DataFrame) -> pd.DataFrame:
             for method in METHODS:
                 chosen = curve_of(of_data, activation, method)
                 rows = summarise(chosen)
-                distance = accuracy(chosen, "train") - sam
-                columns = [interval_columns("distance", distance[rho]) for rho in rows["rho"]]
+                apart = accuracy(chosen, "train") - sam
+                columns = [interval_columns("distance", apart[rho]) for rho in rows["rho"]]
                 rows = pd.concat([rows, pd.DataFrame(columns)], axis=1)
                 rows.insert(0, "data", data)
                 rows.insert(1, "activation", activation)
@@ -187,33 +197,16 @@ def _relu_minus_gelu(of_activation: Callable[[str], pd.Series]) -> pd.Series:
     return paired_difference(of_activation("relu"), of_activation("gelu"))
 
 
-def _over_rho(difference: pd.DataFrame) -> pd.Series:
-    """Mean over rho > 0 by seed; NaN for a seed that lacks a run, since other means would be over other rho."""
-    return difference.drop(columns=0.0, errors="ignore").mean(axis=1, skipna=False)
-
-
 def _tracking(curves: Curves) -> pd.Series:
-    def distance(activation: str) -> pd.Series:
-        psam, sam = (accuracy(curves[activation, method], "train") for method in ("PSAM", "SAM"))
-        return _over_rho((psam - sam).abs())
-
-    return _relu_minus_gelu(distance)
+    return _relu_minus_gelu(lambda activation: distance(curves[activation, "PSAM"], curves[activation, "SAM"]))
 
 
 def _equal_rho(curves: Curves) -> pd.Series:
-    def deficit(activation: str) -> pd.Series:
-        sam, psam = (accuracy(curves[activation, method], "test") for method in ("SAM", "PSAM"))
-        return _over_rho(sam - psam)
-
-    return _relu_minus_gelu(deficit)
+    return _relu_minus_gelu(lambda activation: at_equal_strength(curves[activation, "SAM"], curves[activation, "PSAM"]))
 
 
 def _own_best(curves: Curves) -> pd.Series:
-    def best(activation: str, method: str) -> pd.Series:
-        chosen = curves[activation, method]
-        return at_strength(accuracy(chosen, "test"), best_strength(chosen))
-
-    return _relu_minus_gelu(lambda activation: best(activation, "SAM") - best(activation, "PSAM"))
+    return _relu_minus_gelu(lambda activation: best_against_best(curves[activation, "SAM"], curves[activation, "PSAM"]))
 
 
 def _against_sgd(curves: Curves) -> tuple[Interval, Interval]:

@@ -17,7 +17,7 @@ from twofold.lab.figures.verdicts import paired_difference
 
 AXIS = "sigma^2"
 SIGMA_SQUARED = {
-    "smoke": (2e-3, 8e-3),
+    "smoke": (4e-3, 8e-3),
     "quick": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
     "cpu": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
     "paper": (1e-6, 2e-6, 1e-5, 2e-5, 1e-4, 2e-4, 1e-3, 2e-3),
