@@ -13,14 +13,14 @@ from twofold.lab.figures.strength_figure import contrast_findings, strength_figu
 from twofold.lab.figures.style import COLOURS
 
 WIDE = Curve(
-    "ReLU PSAM, synthetic phi'' (beta 2)",
+    "ReLU PSAM, phi'' beta 2",
     "relu",
     replace(PSAM, second_derivative="gaussian:2"),
     (COLOURS["green"], "D", "--"),
     scales=("smoke", "quick", "cpu"),
 )
 NARROW = Curve(
-    "ReLU PSAM, synthetic phi'' (beta 100)",
+    "ReLU PSAM, phi'' beta 100",
     "relu",
     replace(PSAM, second_derivative="gaussian:100"),
     (COLOURS["purple"], "^", "--"),
@@ -28,8 +28,8 @@ NARROW = Curve(
 )
 
 CAPTION = (
-    "Accuracy against rho for PSAM with ReLU, with ReLU and a synthetic second derivative, and with GELU, on the test "
-    f"set and on the training labels; SAM with ReLU is drawn for reference. {POINTS}"
+    "Accuracy against rho for PSAM with ReLU, with ReLU and a synthetic second derivative of the given beta, and "
+    f"with GELU, on the test set and on the training labels; SAM with ReLU is drawn for reference. {POINTS}"
 )
 
 DIFFERS = (

@@ -20,7 +20,7 @@ COLOURS = {"gelu": "#2f7ed8", "relu": "#e8702a", "green": "#2a9d6f", "purple": "
 """Readable on white and on near-black, and apart for colour-blind eyes; line style and marker say it a second time."""
 
 _PANEL_INCHES = (3.5, 2.75)
-_LINE_INCHES, _LETTER_INCHES = 0.75, 0.08  # room in a legend for a line's sample and for a letter of its label
+_LINE_INCHES, _LETTER_INCHES = 0.75, 0.07  # room in a legend for a line's sample and for a letter of its label
 _SETTINGS = {
     "svg.hashsalt": "twofold",
     "svg.fonttype": "path",
@@ -72,9 +72,16 @@ def panels(count: int, columns: int) -> tuple[Figure, list[Axes]]:
 def legend_above(figure: Figure, axes: Axes) -> None:
     """One legend for all panels, above them, from the labelled lines of one; as many columns as fit."""
     handles, labels = axes.get_legend_handles_labels()
-    entry = _LINE_INCHES + _LETTER_INCHES * max(map(len, labels), default=0)
-    columns = min(len(labels), max(1, int(figure.get_figwidth() / entry)))
-    figure.legend(handles, labels, loc="outside upper center", ncols=max(1, columns), handlelength=3.2)
+    room = figure.get_figwidth()
+    columns = next((n for n in range(len(labels), 1, -1) if _legend_inches(labels, n) <= room), 1)
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns, handlelength=3.2)
+
+
+def _legend_inches(labels: Sequence[str], columns: int) -> float:
+    """About how wide a legend is; each of its columns is as wide as the longest label in it."""
+    rows = math.ceil(len(labels) / columns)
+    longest = [max(map(len, labels[i : i + rows])) for i in range(0, len(labels), rows)]
+    return sum(_LINE_INCHES + _LETTER_INCHES * letters for letters in longest)
 
 
 @dataclass(frozen=True)
