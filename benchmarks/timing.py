@@ -1,5 +1,6 @@
-"""Ratios that can be trusted on a noisy machine: every variant once a round, in turning order, medians over rounds."""
+"""Ratios that can be trusted on a noisy machine: every variant once a round, in shuffled order, medians over rounds."""
 
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -17,10 +18,11 @@ def interleaved(
         for run in variants.values():
             run()
     times: dict[str, list[float]] = {name: [] for name in variants}
-    names = list(variants)
-    for turn in range(rounds):
-        # Who comes first pays for the memory that the one before gave back, so the order turns.
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+    names, shuffle = list(variants), random.Random(0).shuffle
+    for _ in range(rounds):
+        # Each pays for the memory that the one before gave back, so all follow all.
+        shuffle(names)
+        for name in names:
             run = variants[name]
             start = time.perf_counter()
             run()

@@ -205,7 +205,7 @@ def reproduce(
     """Reproduce figures of the paper: runs, verdicts, and one page.
 
     Args:
-        figures: their numbers.
+        figures: their numbers; none means those that the scale runs by default.
         scale: smoke: under a minute; quick: minutes; cpu: hours; paper: GPU days.
         data: mnist1d or fashion-mnist.
         data_dir: where data files lie.
@@ -375,7 +375,7 @@ def _table(title: str, columns: Sequence[str]) -> Table:
 
 
 def _verdict_table(verdicts: "Sequence[Verdict]") -> Table:
-    table = _table("Effects in points of accuracy with 95 % intervals, positive as the paper claims", ("finding",))
+    table = _table("Effects in points (percent) with 95 % intervals, positive as the paper claims", ("finding",))
     table.padding = (0, 1, 1, 0)
     table.add_column("verdict", no_wrap=True)
     for name in ("effect", "seeds", "div."):

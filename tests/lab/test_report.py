@@ -258,7 +258,8 @@ def test_plans_refuse_before_anything_runs(monkeypatch):
     with pytest.raises(TwofoldError, match="CUDA"):
         plan((), "paper")
     assert plan((), "cpu").data == ("mnist1d", "fashion-mnist")
-    assert list(plan().figures) == figures_package.figure_numbers()
+    assert plan().figures == find_scale("quick").default_figures
+    assert list(plan(scale="smoke").figures) == figures_package.figure_numbers()
 
 
 def test_refused_output_or_data_starts_nothing(tiny, tmp_path):

@@ -168,6 +168,7 @@ class Recording:
             result["gauss_newton"] = self.vjp(self.output_hessian(self._fill(jv)))
             if with_nme:
                 result["nme"] = nme
+            if "hessian" in parts:
                 result["hessian"] = [a + b for a, b in zip(result["gauss_newton"], nme, strict=True)]
         return [result[part] for part in parts]
 

@@ -72,7 +72,7 @@ def plan(
     """Check what is asked for before anything runs.
 
     Args:
-        figures: numbers of figures; none means all.
+        figures: numbers of figures; none means those that the scale runs by default.
         scale: "smoke", "quick", "cpu" or "paper".
         data: one data set; None takes those of the scale.
         command: the command line that asks for it.
@@ -82,9 +82,8 @@ def plan(
     """
     chosen = find_scale(scale)
     names = chosen.default_data if data is None else (data,)
-    reproduction = Reproduction(
-        tuple(figure.number for figure in select_figures(tuple(figures))), scale, names, command
-    )
+    selected = select_figures(tuple(figures) or chosen.default_figures)
+    reproduction = Reproduction(tuple(figure.number for figure in selected), scale, names, command)
     devices = {config.device for number in reproduction.figures for config in reproduction.configs(number)}
     if any(device.startswith("cuda") for device in devices) and not torch.cuda.is_available():
         raise TwofoldError(
