@@ -197,7 +197,7 @@ class Elementwise(Loss):
         self._options = options
 
     def _terms(self, outputs: Tensor, targets: Tensor) -> float:
-        return float(torch.broadcast_shapes(outputs.shape, targets.shape).numel())
+        return _entries(outputs, targets)
 
     def _per_entry(self, weights: Tensor | float, outputs: Tensor, targets: Tensor) -> Tensor | float:
         return weights / self._terms(outputs, targets) if self.averages else weights
