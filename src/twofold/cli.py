@@ -99,7 +99,7 @@ def train(
     """Train one model.
 
     Args:
-        recipe: mnist1d or fashion-mnist.
+        recipe: mnist1d, fashion-mnist or transformer.
         activation: gelu, relu, beta_gelu, ...
         regularizer: none, sam, gradient_penalty, ...
         strength: rho, sigma or the factor of a trace.
@@ -149,7 +149,7 @@ def sweep(
     """Train every combination of the lists given.
 
     Args:
-        recipe: mnist1d or fashion-mnist.
+        recipe: mnist1d, fashion-mnist or transformer.
         activations: gelu, relu, beta_gelu, ...
         regularizers: none, sam, gradient_penalty, ...
         strengths: for every regularizer but none.
@@ -317,9 +317,9 @@ def data(
 
 
 def _recipe(name: str) -> "RunConfig":
-    from twofold.lab.config import fashion_mnist, mnist1d
+    from twofold.lab.config import fashion_mnist, mnist1d, transformer
 
-    return _choose("recipe", name, {"mnist1d": mnist1d, "fashion-mnist": fashion_mnist})()
+    return _choose("recipe", name, {"mnist1d": mnist1d, "fashion-mnist": fashion_mnist, "transformer": transformer})()
 
 
 def _choose(kind: str, name: str, known: Mapping[str, T]) -> T:

@@ -53,6 +53,40 @@ def test_parameter_counts(config, shape, expected):
     assert size(build(config, shape, 10, seed=0)) == expected
 
 
+@pytest.mark.parametrize("norm", ["none", "layer"])
+@pytest.mark.parametrize("shape", [(40,), (2, 12), (1, 14, 14)], ids=str)
+def test_the_transformer_trains_every_parameter(shape, norm):
+    model = build(ModelConfig("transformer", width=32, depth=2, norm=norm), shape, 7, seed=0)
+    outputs = model(torch.randn(5, *shape))
+    assert outputs.shape == (5, 7)
+    outputs.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert any(isinstance(module, nn.LayerNorm) for module in model.modules()) == (norm == "layer")
+
+
+def test_patches_of_an_image_hold_neighbouring_pixels_of_all_channels():
+    patches = build(ModelConfig("transformer", width=16, depth=1), (2, 4, 6), 3, seed=0).get_submodule("patches")
+    x = torch.randn(3, 2, 4, 6)
+    found = patches(x)
+    assert found.shape == (3, 6, 8)
+    torch.testing.assert_close(found[:, 4], x[:, :, 2:4, 2:4].flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("config", "shape", "message"),
+    [
+        (ModelConfig("transformer", width=32, depth=1, norm="batch"), (40,), "norm"),
+        (ModelConfig("transformer", width=20, depth=1), (40,), "multiple of 16"),
+        (ModelConfig("transformer", width=16, depth=1), (42,), "multiple of 4"),
+        (ModelConfig("transformer", width=16, depth=1), (1, 7, 7), "even height"),
+    ],
+    ids=str,
+)
+def test_what_the_transformer_cannot_take(config, shape, message):
+    with pytest.raises(TwofoldError, match=message):
+        build(config, shape, 3, seed=0)
+
+
 def test_layer_norm_of_the_mlp_is_layer_norm():
     model = build(ModelConfig("mlp", width=8, depth=1, norm="layer"), (4,), 3, seed=0)
     x = torch.randn(5, 4)

@@ -125,9 +125,9 @@ class ModelConfig(_Config):
     """Which model, how large, and with which activation and normalisation.
 
     Attributes:
-        name: "mlp", "conv" or "wideresnet".
-        width: units of a hidden layer; channels of the conv net; the widening factor k of WideResNet-d-k.
-        depth: hidden layers; convolutions; the d of WideResNet-d-k (d = 6n + 4).
+        name: "mlp", "conv", "wideresnet" or "transformer".
+        width: units of a hidden layer; channels of the conv net and the transformer; the k of WideResNet-d-k.
+        depth: hidden layers; convolutions; blocks of the transformer; the d of WideResNet-d-k (d = 6n + 4).
         activation: a name of `twofold.lab.models.ACTIVATIONS`.
         norm: "none", "batch" or "layer".
         beta: the beta of "beta_gelu"; other activations do not read it.
@@ -327,4 +327,14 @@ def fashion_mnist() -> RunConfig:
         data=DataConfig(name="fashion-mnist", num_train=2000, num_validation=2000, label_noise=0.4, pool=2),
         model=ModelConfig(name="mlp", width=100, depth=3, activation="gelu"),
         epochs=40,
+    )
+
+
+def transformer() -> RunConfig:
+    """Setting M1D on a transformer: 2 blocks of width 32 over 10 patches, AdamW with warm-up and cosine decay."""
+    return replace(
+        mnist1d(),
+        model=ModelConfig(name="transformer", width=32, depth=2, activation="gelu", norm="layer"),
+        optimizer=OptimizerConfig(name="adamw", lr=3e-3, weight_decay=0.05),
+        warmup_epochs=2,
     )

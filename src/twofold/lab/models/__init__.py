@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from twofold.lab.models import conv, mlp, wideresnet
+from twofold.lab.models import conv, mlp, transformer, wideresnet
 from twofold.lab.models.layers import ACTIVATIONS, NORMS
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ MODELS: Mapping[str, Callable[["ModelConfig", Sequence[int], int], nn.Module]] =
     "mlp": mlp.build,
     "conv": conv.build,
     "wideresnet": wideresnet.build,
+    "transformer": transformer.build,
 }
 """Every model: its name and what builds it from (config, input_shape, num_classes)."""
 
