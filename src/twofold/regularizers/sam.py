@@ -111,8 +111,8 @@ class USAM(SAM):
     arXiv 2206.06232.
 
     Args:
-        rho: factor of the gradient, in units of a learning rate; 0 gives the plain gradient. By pattern or by step as
-            in `SAM`.
+        rho: factor of the gradient, in units of a learning rate; 0 gives the plain gradient. Start at 0.05.
+            By pattern or by step as in `SAM`.
         params, interval, microbatches, share_masks, generator: as in `Regularizer`.
 
     Raises:

@@ -27,7 +27,7 @@ class HessianTrace(Regularizer):
     (Dauphin et al. 2024, arXiv 2401.10809, Section 5).
 
     Args:
-        strength: factor of the trace; 0 gives the plain gradient.
+        strength: factor of the trace; 0 gives the plain gradient. Start at 1e-4.
         num_probes: how many probes are averaged.
         method: "exact" or "difference".
         params: the trace is that of these parameters' block of H; all parameters descend its gradient.
@@ -108,7 +108,7 @@ class GaussNewtonTrace(Regularizer):
     factor B.) Costs 3 gradients.
 
     Args:
-        strength: factor of the trace; 0 gives the plain gradient.
+        strength: factor of the trace; 0 gives the plain gradient. Start at 1e-3.
         num_samples: how many draws are averaged.
         through: "jacobian" holds r fixed while the penalty is differentiated, as the paper does, which gives the
             gradient of tr J' sg(H_z) J; "full" gives that of tr GN itself, by r = H_z^(1/2) xi with Gaussian xi.

@@ -23,7 +23,7 @@ class WeightNoise(Regularizer):
     gradients, or 2n with antithetic pairs.
 
     Args:
-        sigma: standard deviation of the noise; 0 gives the plain gradient.
+        sigma: standard deviation of the noise; 0 gives the plain gradient. Start at 0.01.
         num_samples: n, how many draws are averaged.
         scale: "isotropic": sigma for every weight; "filter": sigma ||w_f|| for the weights of filter f, a slice along
             the first dimension, or the whole of a vector (Bisla et al. 2022, arXiv 2201.08025); "multiplicative":
