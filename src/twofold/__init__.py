@@ -17,6 +17,7 @@ from twofold.curvature.curvature import Curvature
 from twofold.curvature.density import spectral_density
 from twofold.curvature.diagonal import diagonal
 from twofold.curvature.eigen import eigsh
+from twofold.curvature.fidelity import Fidelity, fidelity
 from twofold.curvature.liveness import live_fraction
 from twofold.curvature.norms import frobenius_norm
 from twofold.curvature.operators import NME, ActivationNME, GaussNewton, Hessian
@@ -58,6 +59,7 @@ __all__ = [
     "EigenSAM",
     "Eigenpairs",
     "Estimate",
+    "Fidelity",
     "FriendlySAM",
     "GaussNewton",
     "GaussNewtonTrace",
@@ -77,6 +79,7 @@ __all__ = [
     "causal_lm_forward",
     "diagonal",
     "eigsh",
+    "fidelity",
     "frobenius_norm",
     "gaussian",
     "live_fraction",

@@ -1,5 +1,6 @@
 """The part of the NME that carries phi'', against what remains without phi'' and against closed forms."""
 
+import itertools
 import warnings
 
 import pytest
@@ -222,6 +223,16 @@ def test_fused_activations_are_named_once(name, kind):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         c.activation_nme @ v
+
+
+def test_any_choice_of_parts_is_the_same_as_all():
+    c = curvature(CASES["mlp"]())
+    identity = torch.eye(c.layout.size)
+    every = dict(zip(PARTS, c.products(identity, parts=PARTS), strict=True))
+    for n in (1, 2, 3):
+        for chosen in itertools.permutations(PARTS, n):
+            for part, found in zip(chosen, c.products(identity, parts=chosen), strict=True):
+                assert close(found, every[part], every["hessian"].norm())
 
 
 def test_parts_are_offered_wherever_matrices_are_named():

@@ -107,7 +107,7 @@ class Products:
             for term in terms:  # a model without activations
                 found.setdefault(term, torch.zeros_like(rows))
         for whole, halves in SUMS.items():
-            if whole in parts and whole not in found:
+            if whole not in found and found.keys() >= set(halves):
                 found[whole] = found[halves[0]] + found[halves[1]]
         return [found[part] for part in parts]
 
@@ -176,11 +176,18 @@ class Products:
         return averages
 
     @full_precision()
-    def loss_and_gradient(self, kinds: Sequence[str] = ()) -> tuple[float, Float[Tensor, "P"]]:
-        """Return the loss of the whole set and its gradient [P], from the recordings that tell `kinds` apart."""
+    def loss_and_gradient(
+        self, kinds: Sequence[str] = (), step: Float[Tensor, "P"] | None = None
+    ) -> tuple[float, Float[Tensor, "P"]]:
+        """Return the loss of the whole set and its gradient [P].
+
+        Args:
+            kinds: take the recordings that tell these apart.
+            step: take them at theta + step, with the same dropout masks; the weights stay where they are.
+        """
         value, total = torch.zeros((), dtype=torch.float64), 0.0
         gradient = torch.zeros(self.layout.size, dtype=self.layout.dtype, device=self.layout.device)
-        for recording in self._recordings(kinds):
+        for recording in self._recordings(kinds) if step is None else self._recordings_at(step):
             if recording.count == 0:
                 continue
             total += recording.count
@@ -232,9 +239,19 @@ class Products:
         if seen > 1 and self._bytes_each > self._memory:
             self._kept.clear()
 
-    def _record(self, index: int, batch: Any, kinds: Sequence[str]) -> Recording:
+    def _recordings_at(self, step: Float[Tensor, "P"]) -> Iterator[Recording]:
+        """Recordings at theta + step, none of them kept."""
+        self._forget_when_stale()
+        moves = self.layout.unflatten(step)
+        for index, batch in enumerate(_replayed(self._batches, self._random_states[0], self._loader_state)):
+            pairs = zip(self.parameters.items(), moves, strict=True)
+            yield self._record(index, batch, (), {name: weight.detach() + move for (name, weight), move in pairs})
+
+    def _record(
+        self, index: int, batch: Any, kinds: Sequence[str], at: Mapping[str, Tensor] | None = None
+    ) -> Recording:
         held = Held()
-        with borrowed(self.model, self.parameters, self._mode) as aliases:
+        with borrowed(self.model, self.parameters, self._mode, at) as aliases:
             self._random_states[index].restore()
             with ExitStack() as stack:
                 repairs = stack.enter_context(differentiable_twice(self.model))
@@ -250,7 +267,7 @@ class Products:
             around = self._recomputing(aliases) if repairs.checkpointed else nullcontext
             recorded = (outputs, targets, self.loss, aliases, around)
             recording = Dissection(held, *recorded) if kinds else Recording(*recorded)
-        if recording.count > 0 and not torch.isfinite(recording.value):
+        if at is None and recording.count > 0 and not torch.isfinite(recording.value):
             raise TwofoldError(NOT_FINITE.format(what="loss", came=recording.value.item(), where=f" (batch {index})"))
         return recording
 
