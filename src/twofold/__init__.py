@@ -40,7 +40,7 @@ from twofold.regularizers import (
     WeightNoise,
     matched_sigma,
 )
-from twofold.types import DiagonalEstimate, Eigenpairs, Estimate, InnerProduct, SpectralDensity
+from twofold.types import BlockNorms, DiagonalEstimate, Eigenpairs, Estimate, InnerProduct, SpectralDensity
 
 __version__ = "0.1.0"
 
@@ -54,6 +54,7 @@ __all__ = [
     "ActivationNME",
     "Anatomy",
     "BetaGELU",
+    "BlockNorms",
     "Curvature",
     "DiagonalEstimate",
     "EigenSAM",

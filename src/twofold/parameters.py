@@ -40,20 +40,7 @@ def select_parameters(model: nn.Module, params: Params = None) -> dict[str, nn.P
                 "Name the ones you mean in params=; frozen parameters that are named are included."
             )
     else:
-        patterns = [params] if isinstance(params, str) else list(params)
-        wanted: set[int] = set()
-        everything = list(model.named_parameters(remove_duplicate=False))
-        for pattern in patterns:
-            if not isinstance(pattern, str):
-                raise TwofoldError(f"params takes names or glob patterns; {describe(pattern)} came.")
-            matched = {id(parameter) for name, parameter in everything if fnmatchcase(name, pattern)}
-            if not matched:
-                names = ", ".join(name for name, _ in everything[:12]) + (", ..." if len(everything) > 12 else "")
-                raise TwofoldError(f"params: {pattern!r} matches no parameter. The model has: {names or 'none'}.")
-            wanted |= matched
-        if not patterns:
-            raise TwofoldError("params is empty: name at least one parameter, or pass None for all that are trained.")
-        chosen = {name: parameter for name, parameter in named.items() if id(parameter) in wanted}
+        chosen = {name: named[name] for name in _matched(params, _first_names(model), "params", "The model")}
     for name, parameter in chosen.items():
         if not parameter.is_floating_point():
             raise TwofoldError(
@@ -65,8 +52,35 @@ def select_parameters(model: nn.Module, params: Params = None) -> dict[str, nn.P
     return chosen
 
 
+def _first_names(model: nn.Module) -> dict[str, str]:
+    """{any name of a parameter: its first one}, in the model's order; they differ where parameters are tied."""
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {name: first[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)}
+
+
+def _matched(patterns: str | Sequence[str], first_names: Mapping[str, str], argument: str, owner: str) -> list[str]:
+    """The first names, in order, of what names or glob patterns match; each pattern must match something."""
+    patterns = list(patterns) if isinstance(patterns, Iterable) and not isinstance(patterns, str) else [patterns]
+    if not patterns:
+        raise TwofoldError(f"{argument} is empty: name at least one parameter.")
+    wanted: set[str] = set()
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TwofoldError(f"{argument} takes names or glob patterns; {describe(pattern)} came.")
+        matched = {first for name, first in first_names.items() if fnmatchcase(name, pattern)}
+        if not matched:
+            names = ", ".join(list(first_names)[:12]) + (", ..." if len(first_names) > 12 else "")
+            raise TwofoldError(f"{argument}: {pattern!r} matches no parameter. {owner} has: {names or 'none'}.")
+        wanted |= matched
+    return [name for name in dict.fromkeys(first_names.values()) if name in wanted]
+
+
 class ParameterLayout:
     """Where each named parameter lies in the vector theta [P].
+
+    Args:
+        parameters: the parameters by name, in the vector's order.
+        model: where tied parameters have their other names.
 
     Attributes:
         shapes: {name: shape}, in the vector's order.
@@ -75,8 +89,10 @@ class ParameterLayout:
         device: the first parameter's device.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], model: nn.Module | None = None) -> None:
         self.shapes = {name: parameter.shape for name, parameter in parameters.items()}
+        known = {name: name for name in parameters} if model is None else _first_names(model)
+        self._first_names = {name: first for name, first in known.items() if first in parameters}
         self._sizes = [parameter.numel() for parameter in parameters.values()]
         self._likes = [(parameter.dtype, parameter.device) for parameter in parameters.values()]
         self.size = sum(self._sizes)
@@ -101,6 +117,14 @@ class ParameterLayout:
                     f"was built and is {came} now. Build the operator anew."
                 )
         return {name: named[name] for name in self.shapes}
+
+    def choose(self, params: str | Sequence[str]) -> list[str]:
+        """Names of the parameters that names or glob patterns match, in the vector's order; tied names resolve.
+
+        Raises:
+            TwofoldError: when a pattern matches nothing.
+        """
+        return _matched(params, self._first_names, "block", "The operator")
 
     def flatten(self, tensors: Iterable[Tensor], *, out: Tensor | None = None) -> Float[Tensor, "P"]:
         """Join tensors of the parameters' shapes, in order, into one vector [P], into `out` if given."""
@@ -148,8 +172,10 @@ class ParameterLayout:
         if isinstance(vectors, Mapping):
             vectors = self.from_dict(vectors)
         if not isinstance(vectors, Tensor):
+            array = " Pass torch.from_numpy(v), or use operator.to_scipy()." if hasattr(vectors, "__array__") else ""
             raise TwofoldError(
                 f"v is {describe(vectors)}; expected a tensor [{self.size}] or [{self.size}, K], or named tensors."
+                f"{array}"
             )
         if vectors.dim() not in (1, 2) or vectors.shape[0] != self.size:
             raise TwofoldError(

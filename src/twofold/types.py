@@ -103,6 +103,28 @@ class DiagonalEstimate:
     num_matvecs: int
 
 
+@dataclass(frozen=True, eq=False)
+class BlockNorms:
+    """Estimates of the Frobenius norms of all blocks A_bc of a symmetric matrix.
+
+    Attributes:
+        blocks: their names, the same for rows and columns.
+        value: the estimates; the squares sum to ||A||_F^2 where the blocks cover everything once.
+        stderr: their standard errors (nan where one probe cannot tell).
+        num_matvecs: how many matrix-vector products all of them took together.
+    """
+
+    blocks: tuple[str, ...]
+    value: Float[Tensor, "blocks blocks"]
+    stderr: Float[Tensor, "blocks blocks"]
+    num_matvecs: int
+
+    def __getitem__(self, pair: tuple[str, str]) -> Estimate:
+        """Return the norm of the block in row b and column c, by their names."""
+        at = tuple(self.blocks.index(name) for name in pair)
+        return Estimate(self.value[at].item(), self.stderr[at].item(), self.num_matvecs)
+
+
 @dataclass(frozen=True)
 class InnerProduct:
     """How two matrices lie to each other.

@@ -39,6 +39,11 @@ def test_operators_equal_dense_brute_force(name):
         for found in (alone, together[part]):
             assert (found - expected).norm() <= 1e-9 * scale, part
             assert (found - found.T).norm() <= 1e-12 * scale, f"{part} is not symmetric"
+        names = list(c.layout.shapes)
+        for chosen in (names[::2], names[-1:]):
+            block = getattr(c, part).block(chosen).to_dense()
+            index = places(c, chosen)
+            assert (block - expected[index][:, index]).norm() <= 1e-9 * scale, (part, chosen)
 
 
 @pytest.mark.parametrize("name", ["mlp", "conv BatchNorm train", "LayerNorm and attention", "LSTM"])
@@ -88,6 +93,27 @@ def test_scipy_sees_the_same_matrix():
     v = np.random.default_rng(0).standard_normal((hessian.shape[0], 2))
     np.testing.assert_allclose(scipy_operator @ v, dense_matrix @ v, atol=1e-12)
     np.testing.assert_allclose(scipy_operator.rmatvec(v[:, 0]), dense_matrix @ v[:, 0], atol=1e-12)
+    with pytest.raises(TwofoldError, match="complex"):
+        scipy_operator @ (1j * v)
+
+
+def test_scipy_takes_operators_of_bfloat16():
+    case = classification(mlp(4, 5, 3).bfloat16())
+    x, y = case.batches[0]
+    hessian = twofold.Hessian(case.model, case.loss_fn, (x.bfloat16(), y))
+    product = hessian.to_scipy() @ np.ones(43)
+    assert product.dtype == np.float32
+    np.testing.assert_array_equal(product, (hessian @ torch.ones(43, dtype=torch.bfloat16)).float().numpy())
+
+
+def test_vectors_may_come_from_the_left():
+    case = CASES["mlp"]()
+    hessian = twofold.Hessian(case.model, case.loss_fn, case.batches[0])
+    v = torch.randn(2, hessian.shape[0])
+    torch.testing.assert_close(v @ hessian, v @ hessian.to_dense())
+    torch.testing.assert_close(v[0] @ hessian, v[0] @ hessian.to_dense())
+    with pytest.raises(TwofoldError, match="from_numpy"):
+        v.numpy() @ hessian
 
 
 @pytest.mark.parametrize("params", ["0.weight", ["0.*", "4.bias"], "*.bias"])
@@ -96,18 +122,16 @@ def test_subsets_are_blocks_of_the_whole(params):
     case = classification(model)
     part = twofold.Curvature(model, case.loss_fn, case.batches[0], params=params)
     whole = twofold.Curvature(model, case.loss_fn, case.batches[0])
-    index = torch.cat([torch.arange(whole.layout.size)[s] for n, s in slices(whole).items() if n in part.layout.shapes])
+    index = places(whole, part.layout.shapes)
     for name in OPERATORS:
         block = getattr(whole, name).to_dense()[index][:, index]
         torch.testing.assert_close(getattr(part, name).to_dense(), block)
 
 
-def slices(c):
-    start, found = 0, {}
-    for name, shape in c.layout.shapes.items():
-        found[name] = slice(start, start + shape.numel())
-        start += shape.numel()
-    return found
+def places(c, names):
+    """Where the entries of the named parameters lie in a vector."""
+    parts = c.layout.as_dict(torch.arange(c.layout.size))
+    return torch.cat([part.reshape(-1) for name, part in parts.items() if name in names])
 
 
 def test_frozen_parameters_are_left_out_unless_named():
@@ -197,6 +221,7 @@ def test_memory_changes_no_result():
         (torch.ones(43, dtype=torch.long), "int64"),
         ({"0.weight": torch.ones(5, 4)}, "missing"),
         ([1.0] * 43, "expected a tensor"),
+        (np.ones(43), r"from_numpy.*to_scipy"),
     ],
 )
 def test_bad_vectors_are_refused(vector, text):

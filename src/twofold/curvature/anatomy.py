@@ -42,7 +42,22 @@ class Figures:
     share: Mapping[str, float]
 
 
-class Part(SymmetricOperator):
+class _Operations(SymmetricOperator):
+    """What some of the operations add to the Hessian."""
+
+    def __init__(self, products: Products, group: Callable[[Operation], Group], wanted: frozenset[Group]) -> None:
+        super().__init__(products.layout)
+        self._products, self._group, self._wanted = products, group, wanted
+
+    def _rows(self, rows: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:
+        found = self._products.dissected(rows, KINDS, self._group, self._wanted.__contains__)
+        return sum(found.values(), torch.zeros_like(rows))
+
+    def _block(self, names: Sequence[str]) -> SymmetricOperator:
+        return _Operations(self._products.of(names), self._group, self._wanted)
+
+
+class Part(_Operations):
     """What some of the operations add to the Hessian, as an operator [P, P] with its figures.
 
     Products are taken at the parameters of the moment; the figures are those of the time of measuring.
@@ -60,9 +75,8 @@ class Part(SymmetricOperator):
         wanted: frozenset[Group],
         figures: Figures,
     ) -> None:
-        super().__init__(products.layout)
+        super().__init__(products, group, wanted)
         self.name, self.figures = name, figures
-        self._products, self._group, self._wanted = products, group, wanted
 
     @property
     def trace(self) -> Estimate:
@@ -83,10 +97,6 @@ class Part(SymmetricOperator):
     def share(self) -> Mapping[str, float]:
         """v'Av / v'Hv for each direction v."""
         return self.figures.share
-
-    def _rows(self, rows: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:
-        found = self._products.dissected(rows, KINDS, self._group, self._wanted.__contains__)
-        return sum(found.values(), torch.zeros_like(rows))
 
     def __repr__(self) -> str:
         return f"Part({self.name!r}, trace={self.trace}, frobenius={self.frobenius})"

@@ -8,14 +8,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from twofold.curvature.blocks import Blocks, Partition
 from twofold.curvature.operators import NME, ActivationNME, GaussNewton, Hessian, rows_of, same_kind
 from twofold.curvature.probes import check_count, cosine_of, rademacher, root_of, summarise
 from twofold.curvature.products import Products
 from twofold.errors import TwofoldError
-from twofold.types import Estimate, Forward, InnerProduct, LossFn, Matrix, Mode, Params, Vectors, Weight
+from twofold.types import BlockNorms, Estimate, Forward, InnerProduct, LossFn, Matrix, Mode, Params, Vectors, Weight
 
 HALVES: tuple[Matrix, ...] = ("hessian", "gauss_newton", "nme")
 MATRICES: tuple[Matrix, ...] = get_args(Matrix)
+_WHOLE = "*"
 
 
 class Curvature:
@@ -120,35 +122,98 @@ class Curvature:
         num_matvecs: int = 64,
         *,
         parts: Sequence[Matrix] = HALVES,
+        by_block: bool | Blocks = False,
         generator: torch.Generator | None = None,
-    ) -> dict[Matrix, Estimate]:
+    ) -> dict[Matrix, Any]:
         """Estimate the traces of H, GN and NME from the same Rademacher probes, E v'Av.
 
         Args:
             num_matvecs: the number of probes.
             parts: which matrices.
+            by_block: True or "parameter" for the trace of each parameter's diagonal block, E v_b'(Av)_b, "module" for
+                each module's, a list of names or glob patterns for one block each, or {block: patterns}. The traces of
+                all blocks come from the same products.
             generator: source of the probes; None takes a private one with a fixed seed.
 
         Returns:
-            {part: Estimate}; with common probes the estimates add up as the matrices do.
+            {part: Estimate}, or {part: {block: Estimate}}; with common probes the estimates add up as the matrices do.
+
+        Raises:
+            TwofoldError: an unknown part, or a pattern that matches nothing.
+
+        Example:
+            >>> model, batch = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), (torch.randn(8, 3), torch.randn(8, 2))
+            >>> c = twofold.Curvature(model, nn.MSELoss(), batch)
+            >>> whole, blocks = c.traces(8)["hessian"], c.traces(8, by_block="module")["hessian"]
+            >>> list(blocks), abs(sum(map(float, blocks.values())) - float(whole)) < 1e-4
+            (['0', '1'], True)
         """
-        return self._sampled(
-            lambda probe, product: torch.dot(probe.double(), product.double()), num_matvecs, parts, generator
-        )
+        forms = self._sampled(lambda probe, product: probe * product, num_matvecs, parts, by_block, generator)
+        return _wholes(forms) if by_block is False else forms
 
     def frobenius(
         self,
         num_matvecs: int = 64,
         *,
         parts: Sequence[Matrix] = HALVES,
+        by_block: bool | Blocks = False,
         generator: torch.Generator | None = None,
-    ) -> dict[Matrix, Estimate]:
+    ) -> dict[Matrix, Any]:
         """Estimate the Frobenius norms of H, GN and NME from the same Rademacher probes, E ||Av||^2.
+
+        By block these are the norms of the blocks' rows A_b [p, P], E ||(Av)_b||^2, whose squares sum to ||A||_F^2.
+        What a block's rows hold in each column block is told by `block_norms`, at more products.
 
         Args and returns are those of `traces`.
         """
-        squares = self._sampled(lambda probe, product: product.double().square().sum(), num_matvecs, parts, generator)
-        return {part: root_of(square) for part, square in squares.items()}
+        squares = self._sampled(lambda _, product: product.double().square(), num_matvecs, parts, by_block, generator)
+        roots = {part: {block: root_of(square) for block, square in of.items()} for part, of in squares.items()}
+        return _wholes(roots) if by_block is False else roots
+
+    def block_norms(
+        self,
+        num_probes: int = 8,
+        *,
+        parts: Sequence[Matrix] = HALVES,
+        blocks: Blocks = "parameter",
+        generator: torch.Generator | None = None,
+    ) -> dict[Matrix, BlockNorms]:
+        """Estimate the Frobenius norms of all blocks A_bc of H, GN and NME: how strongly parameters b and c interact.
+
+        E ||A_bc v_c||^2 = ||A_bc||_F^2 with Rademacher probes v_c on one column block at a time, so that a product
+        samples the blocks of one column; since A is symmetric, each block is sampled in its row and in its column.
+
+        Args:
+            num_probes: probes for each column block, each taking one product of all parts.
+            parts: which matrices.
+            blocks: "parameter", "module", a list of names or glob patterns, or {block: patterns}.
+            generator: source of the probes; None takes a private one with a fixed seed.
+
+        Returns:
+            {part: BlockNorms(blocks, value [blocks, blocks], stderr, num_matvecs)}, in float64 on the CPU.
+
+        Raises:
+            TwofoldError: an unknown part, or a pattern that matches nothing.
+
+        Example:
+            >>> model, batch = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), (torch.randn(8, 3), torch.randn(8, 2))
+            >>> norms = twofold.Curvature(model, nn.MSELoss(), batch).block_norms(blocks="module")["nme"]
+            >>> norms.blocks, norms["0", "0"].value, norms["0", "1"].value > 0  # a linear network is bilinear
+            (('0', '1'), 0.0, True)
+        """
+        check_count(num_probes, "num_probes")
+        chosen, partition = _check_parts(parts), Partition(self.layout, blocks)
+        squares: dict[Matrix, list[Tensor]] = {part: [] for part in chosen}
+        for probe in rademacher(self.hessian, num_probes, generator):
+            tables: dict[Matrix, list[Tensor]] = {part: [] for part in chosen}
+            for block in partition.members:
+                rows = self._products.matmat(partition.restricted(probe, block).unsqueeze(0), chosen)
+                for part, row in zip(chosen, rows, strict=True):
+                    tables[part].append(partition.sums(row[0].double().square()))
+            for part, columns in tables.items():
+                table = torch.stack(columns)
+                squares[part].append((table + table.T) / 2)
+        return {part: partition.norms(torch.stack(samples)) for part, samples in squares.items()}
 
     def inner(self, num_matvecs: int = 64, *, generator: torch.Generator | None = None) -> InnerProduct:
         """Estimate <GN, NME>_F = E (GN v)'(NME v) and its cosine from the same Rademacher probes.
@@ -174,19 +239,29 @@ class Curvature:
 
     def _sampled(
         self,
-        statistic: Callable[[Tensor, Tensor], Tensor],
+        entries: Callable[[Tensor, Tensor], Tensor],
         num_matvecs: int,
         parts: Sequence[Matrix],
+        by_block: bool | Blocks,
         generator: torch.Generator | None,
-    ) -> dict[Matrix, Estimate]:
+    ) -> dict[Matrix, dict[str, Estimate]]:
+        """Sample sums over each block of what every entry of a probe and its product adds."""
         check_count(num_matvecs)
         chosen = _check_parts(parts)
-        samples: dict[Matrix, list[float]] = {part: [] for part in chosen}
+        partition = Partition(self.layout, [_WHOLE] if by_block is False else by_block)
+        samples: dict[Matrix, list[list[float]]] = {part: [] for part in chosen}
         for probe in rademacher(self.hessian, num_matvecs, generator):
             rows = self._products.matmat(probe.unsqueeze(0), chosen)
             for part, row in zip(chosen, rows, strict=True):
-                samples[part].append(statistic(probe, row[0]).item())
-        return {part: summarise(values) for part, values in samples.items()}
+                samples[part].append(partition.sums(entries(probe, row[0])).tolist())
+        return {
+            part: dict(zip(partition.members, map(summarise, zip(*of_probes, strict=True)), strict=True))
+            for part, of_probes in samples.items()
+        }
+
+
+def _wholes(estimates: dict[Matrix, dict[str, Estimate]]) -> dict[Matrix, Estimate]:
+    return {part: of[_WHOLE] for part, of in estimates.items()}
 
 
 def _check_parts(parts: Sequence[Matrix]) -> tuple[Matrix, ...]:

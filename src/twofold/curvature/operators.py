@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, Self, overload
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -34,6 +35,32 @@ class SymmetricOperator(ABC):
     def _rows(self, rows: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:
         """The matrix times K vectors given as rows [K, P]."""
 
+    @abstractmethod
+    def _block(self, names: Sequence[str]) -> "SymmetricOperator":
+        """The diagonal block of these parameters of the layout."""
+
+    def block(self, params: str | Sequence[str]) -> "SymmetricOperator":
+        """Return the diagonal block of some parameters, [p, p], as an operator with a layout of its own.
+
+        A product with a block of one of a model's matrices differentiates in these parameters alone: the later they
+        come in the model, the cheaper it is. The block takes recordings of its own.
+
+        Args:
+            params: a name or glob pattern ("layer3.*") or several; tied names resolve.
+
+        Raises:
+            TwofoldError: a pattern matches none of the operator's parameters.
+
+        Example:
+            >>> model, batch = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), (torch.randn(8, 3), torch.randn(8, 2))
+            >>> hessian = twofold.Hessian(model, nn.MSELoss(), batch)
+            >>> hessian.block("0.*").shape
+            (16, 16)
+            >>> list((hessian.block("*.bias") @ {"0.bias": torch.ones(4), "1.bias": torch.ones(2)}))
+            ['0.bias', '1.bias']
+        """
+        return self._block(self.layout.choose(params))
+
     def matvec(self, vector: Tensor) -> Float[Tensor, "P"]:
         """Return the matrix times v [P]."""
         if vector.dim() != 1:
@@ -58,6 +85,12 @@ class SymmetricOperator(ABC):
         """
         return same_kind(self.layout, vectors, self._rows(rows_of(self.layout, vectors)))
 
+    def __rmatmul__(self, vectors: Tensor) -> Tensor:
+        """Return v times the matrix, v being [P] or [K, P]."""
+        return (self @ vectors.T).T if isinstance(vectors, Tensor) and vectors.dim() == 2 else self @ vectors
+
+    __array_ufunc__ = None  # NumPy's arrays leave array @ operator to the operator, which says what it takes
+
     @property
     def T(self) -> Self:  # noqa: N802 - SciPy's name
         """The transpose, which is the operator itself."""
@@ -69,20 +102,25 @@ class SymmetricOperator(ABC):
         return torch.cat([self._rows(rows) for rows in identity.split(chunk)]).T
 
     def to_scipy(self) -> Any:
-        """Return a scipy.sparse.linalg.LinearOperator that takes and gives NumPy arrays."""
+        """Return a scipy.sparse.linalg.LinearOperator that takes and gives NumPy arrays, in float32 at least."""
         try:
             from scipy.sparse.linalg import LinearOperator
         except ImportError as error:
             raise TwofoldError("to_scipy needs SciPy: pip install scipy (or 'twofold[lab]').") from error
 
+        # NumPy has no bfloat16.
+        dtype = torch.promote_types(self.dtype, torch.float32)
+
         def product(array: Any) -> Any:
-            return (self @ torch.as_tensor(array, dtype=self.dtype, device=self.device)).cpu().numpy()
+            if np.iscomplexobj(array):
+                raise TwofoldError("The operator is real; a complex array came. Pass its real and imaginary parts.")
+            return (self @ torch.as_tensor(array, dtype=self.dtype, device=self.device)).to("cpu", dtype).numpy()
 
         def flat(array: Any) -> Any:
             return product(array.reshape(-1))
 
-        dtype = torch.zeros((), dtype=self.dtype).numpy().dtype
-        options: Any = {"matvec": flat, "rmatvec": flat, "matmat": product, "rmatmat": product, "dtype": dtype}
+        options: Any = {"matvec": flat, "rmatvec": flat, "matmat": product, "rmatmat": product}
+        options["dtype"] = torch.empty((), dtype=dtype).numpy().dtype
         return LinearOperator(self.shape, **options)
 
     def __add__(self, other: "SymmetricOperator") -> "SymmetricOperator":
@@ -132,6 +170,9 @@ class _Combination(SymmetricOperator):
     def _rows(self, rows: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:
         return sum((factor * operator._rows(rows) for factor, operator in self._terms), torch.zeros_like(rows))
 
+    def _block(self, names: Sequence[str]) -> SymmetricOperator:
+        return _Combination([(factor, operator._block(names)) for factor, operator in self._terms])
+
 
 class _CurvatureOperator(SymmetricOperator):
     part: ClassVar[Matrix]
@@ -164,6 +205,9 @@ class _CurvatureOperator(SymmetricOperator):
 
     def _rows(self, rows: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:
         return self._products.matmat(rows, (self.part,))[0]
+
+    def _block(self, names: Sequence[str]) -> Self:
+        return type(self).of(self._products.of(names))
 
 
 class Hessian(_CurvatureOperator):

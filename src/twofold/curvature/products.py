@@ -1,5 +1,6 @@
 """Products of H, GN and NME over a whole data set: recordings kept while they are true, averages exact."""
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -71,7 +72,7 @@ class Products:
         self.model = unwrap(model)
         self.loss: Loss = as_loss(loss_fn, weight)
         self.parameters = select_parameters(self.model, params)
-        self.layout = ParameterLayout(self.parameters)
+        self.layout = ParameterLayout(self.parameters, self.model)
         self._batches = as_batches(data)
         self._forward = forward
         self._mode: Mode = mode
@@ -84,6 +85,14 @@ class Products:
         self._snapshot: Snapshot | None = None
         generator = getattr(data, "generator", None)
         self._loader_state = generator.get_state() if isinstance(generator, torch.Generator) else None
+
+    def of(self, names: Sequence[str]) -> "Products":
+        """The products of the named parameters' diagonal blocks: the same passes with all others held constant."""
+        block = copy.copy(self)  # without recordings
+        block.parameters = {name: self.parameters[name] for name in names}
+        block.layout = ParameterLayout(block.parameters, self.model)
+        block._bytes_each = 0
+        return block
 
     @full_precision()
     def matmat(self, rows: Float[Tensor, "K P"], parts: Sequence[Matrix]) -> list[Float[Tensor, "K P"]]:
