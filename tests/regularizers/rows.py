@@ -235,9 +235,15 @@ class Decoupled(WSAM):
     """Attached to an optimiser over whatever model it is given; what follows the step is part of the update."""
 
     def backward(self, model, *arguments, **options):
+        return super().backward(self.attached_to(model), *arguments, **options)
+
+    def loss(self, model, *arguments, **options):
+        return super().loss(self.attached_to(model), *arguments, **options)
+
+    def attached_to(self, model):
         if self._optimizer is None:
             self.attach(torch.optim.SGD(model.parameters(), lr=1.0))
-        return super().backward(model, *arguments, **options)
+        return model
 
 
 ROWS = {

@@ -103,6 +103,52 @@ def test_the_loss_is_the_clean_one_and_the_graph_is_gone(row, request):
 
 
 @every
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaler"])
+def test_the_backward_of_its_loss_adds_the_same_gradient(row, scaled):
+    problem, other = Problem(), Problem()
+    other.model.load_state_dict(problem.model.state_dict())
+    other.batch = problem.batch
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0) if scaled else None
+    by_backward = attached(row.make(STRENGTH), problem.model)
+    by_loss = attached(row.make(STRENGTH), other.model)
+    for parameter in (*problem.model.parameters(), *other.model.parameters()):
+        parameter.grad = torch.ones_like(parameter)
+    state = torch.get_rng_state()
+    for _ in range(2):
+        expected = by_backward.backward(
+            problem.model, problem.loss_fn, problem.batch, weight=0.25, scaler=scaler, return_outputs=True
+        )
+    after = torch.get_rng_state()
+    torch.set_rng_state(state)
+    for _ in range(2):
+        loss, outputs = by_loss.loss(other.model, other.loss_fn, other.batch, scaler=scaler, return_outputs=True)
+        (scaler.scale(loss / 4) if scaled else loss / 4).backward()
+    assert torch.equal(torch.get_rng_state(), after)
+    assert torch.equal(loss, expected[0])
+    assert torch.equal(outputs, expected[1])
+    assert torch.equal(flat(other.model), flat(problem.model))
+    arrived = by_backward.memory.arrived or []
+    assert all(torch.equal(a, b) for a, b in zip(by_loss.memory.arrived or [], arrived, strict=True))
+    assert by_loss.memory.weight == by_backward.memory.weight
+    with pytest.raises(TwofoldError, match="once only"):
+        loss.backward()
+
+
+@every
+def test_the_loss_of_a_gradient_that_is_not_finite_hands_nothing_on(row):
+    problem = Problem()
+    problem.batch[0][0, 0] = float("nan")
+    regularizer = row.make(STRENGTH)
+    problem.model[0].bias.grad = torch.ones(4).double()
+    with pytest.warns(TwofoldWarning, match="not finite"):
+        loss = regularizer.loss(problem.model, problem.loss_fn, problem.batch)
+    loss.backward()
+    assert regularizer.skipped == 1
+    assert problem.model[0].weight.grad is None
+    assert torch.equal(problem.model[0].bias.grad, torch.ones(4).double())
+
+
+@every
 def test_gradients_accumulate_and_microbatches_are_their_mean(row):
     problem = Problem()
     x, y = problem.batch

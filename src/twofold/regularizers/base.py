@@ -23,6 +23,7 @@ from twofold.regularizers.gradients import Gradients, accumulate, add_scaled, re
 from twofold.regularizers.memory import Memory
 from twofold.regularizers.microbatches import joined, split
 from twofold.regularizers.passes import ModelPasses, Passes, RandomSources
+from twofold.regularizers.surrogate import loss_that_hands_on
 from twofold.types import Forward, LossFn, Params
 
 TINY = 1e-12
@@ -184,6 +185,67 @@ class Regularizer(ABC):
         """
         if not isinstance(weight, Real) or not math.isfinite(weight):
             raise TwofoldError(f"weight must be a finite number; {weight!r} came.")
+        found = self._find(model, loss_fn, batch, forward, scaler)
+        if found.accepted:
+            accumulate(found.parameters, found.direction.gradients, weight * found.scale)
+            if found.direction.memory is not None:
+                self.memory.add(found.direction.memory, weight)
+        if self._optimizer is None:
+            self._stepped()
+        if not return_outputs:
+            return found.direction.loss
+        return found.direction.loss, found.outputs()
+
+    def loss(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        batch: Any,
+        *,
+        forward: Forward | None = None,
+        scaler: Any = None,
+        return_outputs: bool = False,
+    ) -> Any:
+        """Return a loss whose own `backward()` adds this regularizer's gradient to .grad.
+
+        For code that calls backward itself, such as a framework's training loop: every pass is made here, and the
+        tensor returned may be divided, scaled and differentiated as the loss of plain training would be.
+
+        Args:
+            model: any module, in the mode in which it is to be trained.
+            loss_fn: loss_fn(outputs, targets) -> scalar.
+            batch: one batch.
+            forward: forward(model, batch) -> (outputs, targets).
+            scaler: the torch.amp.GradScaler that will scale the loss.
+            return_outputs: also return the outputs of the first pass, detached.
+
+        Returns:
+            The loss of the first pass; or (loss, outputs). A gradient that is not finite is treated as in `backward`.
+
+        Raises:
+            TwofoldError: as in `backward`.
+
+        Example:
+            >>> from twofold.regularizers import SAM
+            >>> model, batch = nn.Linear(3, 2), (torch.randn(8, 3), torch.randint(2, (8,)))
+            >>> SAM(rho=0.05).loss(model, nn.CrossEntropyLoss(), batch).backward()
+        """
+        found = self._find(model, loss_fn, batch, forward, scaler)
+        direction, parameters, scale, accepted = found.direction, found.parameters, found.scale, found.accepted
+
+        def hand_on(factor: Tensor) -> Gradients:
+            if accepted and direction.memory is not None:
+                self._forget_what_was_dropped(parameters)
+                self.memory.add(direction.memory, float(factor) / scale)
+            if self._optimizer is None:
+                self._stepped()
+            return [None if g is None or not accepted else g * factor for g in direction.gradients]
+
+        loss = loss_that_hands_on(direction.loss, parameters, hand_on)
+        return (loss, found.outputs()) if return_outputs else loss
+
+    def _find(self, model: nn.Module, loss_fn: LossFn, batch: Any, forward: Forward | None, scaler: Any) -> "_Found":
+        """Make all passes over a batch; what is found is not handed on yet."""
         _refuse_parallel(model)
         model = unwrap(model)
         refuse_sparse(model)
@@ -193,8 +255,7 @@ class Regularizer(ABC):
         pieces = [batch] if self.microbatches == 1 else split(batch, self.microbatches)
         before = _Snapshot(model, self.generator)
         remembered = copy.copy(self.memory)
-        if self.memory.arrived is not None and _is_fresh(parameters.values()):
-            self.memory.drop()
+        self._forget_what_was_dropped(parameters.values())
         try:
             passes = [
                 ModelPasses(
@@ -217,16 +278,14 @@ class Regularizer(ABC):
             before.restore()
             self.memory = remembered
             raise
-        if scaler is not None or self.accepts(direction.gradients):
-            accumulate(list(parameters.values()), direction.gradients, weight * scale)
-            if direction.memory is not None:
-                self.memory.add(direction.memory, weight)
         self.report(direction.diagnostics)
-        if self._optimizer is None:
-            self._stepped()
-        if not return_outputs:
-            return direction.loss
-        return direction.loss, joined([one.outputs for one in passes])
+        accepted = scaler is not None or self.accepts(direction.gradients)
+        return _Found(direction, list(parameters.values()), scale, accepted, passes)
+
+    def _forget_what_was_dropped(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Forget what arrived for a step that was never made: its gradients are gone."""
+        if self.memory.arrived is not None and _is_fresh(parameters):
+            self.memory.drop()
 
     def _chosen_among(self, model: nn.Module, trained: dict[str, nn.Parameter]) -> list[int]:
         if not trained:
@@ -279,7 +338,7 @@ class Regularizer(ABC):
             return True
         self.skipped += 1
         if self.skipped == 1:
-            warnings.warn(NOT_HANDED_ON.format(name=type(self).__name__), TwofoldWarning, stacklevel=3)
+            warnings.warn(NOT_HANDED_ON.format(name=type(self).__name__), TwofoldWarning, stacklevel=4)
         return False
 
     def state_dict(self) -> dict[str, Any]:
@@ -316,6 +375,20 @@ class Regularizer(ABC):
 NOT_HANDED_ON = """\
 {name}: the gradient is not finite, so it was not handed on and .grad stays as it was found. Later ones are counted in
 .skipped without a warning. Look for a learning rate or a perturbation that is too large, or NaN in the data."""
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What the passes over a batch found: a direction for these parameters, and whether it is finite."""
+
+    direction: Direction
+    parameters: list[nn.Parameter]
+    scale: float
+    accepted: bool
+    passes: Sequence[ModelPasses]
+
+    def outputs(self) -> Any:
+        return joined([one.outputs for one in self.passes])
 
 
 class _Snapshot:
