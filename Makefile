@@ -20,7 +20,7 @@ reproduce: $(READY)  ## the quick reproduction: verdict table, figures, HTML pag
 	$(BIN)/twofold reproduce --scale quick --out reproduction
 
 test: $(READY)  ## the whole test suite
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup
 
 check: $(READY)  ## lint, format, types, layers
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -41,7 +41,8 @@ T = TypeVar("T")
 Recipe = Annotated[Positional[str], arg(metavar="RECIPE", help_behavior_hint="(required)")]
 DataDir = Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: $TWOFOLD_DATA or ./data)")]
 Out = Annotated[Path, arg(metavar="DIR")]
-Workers = Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: one a core)")]
+Workers = Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: as many as fit)")]
+WhereToRun = Annotated[str, arg(metavar="PLACE")]
 
 DESCRIPTION = """Measure and regularise both halves of the Hessian, H = GN + NME.
 
@@ -145,6 +146,7 @@ def sweep(
     out: Out = Path("results"),
     data_dir: DataDir = None,
     workers: Workers = None,
+    place: WhereToRun = "local",
 ) -> int:
     """Train every combination of the lists given.
 
@@ -156,7 +158,8 @@ def sweep(
         seeds: shared by all combinations.
         out: the runs go to DIR/runs/<id>.
         data_dir: where data files lie.
-        workers: processes.
+        workers: runs at once.
+        place: local, ray[:ADDRESS] or slurm[:OPTION=VALUE,...].
     """
     from twofold.lab.config import RegularizerConfig
     from twofold.lab.runs import load_table, run_id
@@ -173,7 +176,7 @@ def sweep(
     if not configs:
         raise TwofoldError("There is nothing to run: --regularizers, --strengths and --seeds need a value each.")
     with _progress() as progress:
-        result = sweep_runs(configs, out, workers=workers, data_dir=_data_dir(data_dir), progress=progress)
+        result = sweep_runs(configs, out, place=place, workers=workers, data_dir=_data_dir(data_dir), progress=progress)
     keys = ["model.activation", "regularizer.name", "regularizer.strength"]
     runs = load_table(out, list(dict.fromkeys(map(run_id, configs))))
     table = _table("Accuracy in percent: mean ± standard deviation over seeds", ("setting",))
@@ -201,6 +204,7 @@ def reproduce(
     data_dir: DataDir = None,
     out: Out = Path("reproduction"),
     workers: Workers = None,
+    place: WhereToRun = "local",
 ) -> int:
     """Reproduce figures of the paper: runs, verdicts, and one page.
 
@@ -210,7 +214,8 @@ def reproduce(
         data: mnist1d or fashion-mnist.
         data_dir: where data files lie.
         out: where everything goes; finished runs there are reused.
-        workers: processes.
+        workers: runs at once.
+        place: local, ray[:ADDRESS] or slurm[:OPTION=VALUE,...].
     """
     from twofold.lab.report import plan
     from twofold.lab.report import reproduce as run_reproduction
@@ -219,7 +224,7 @@ def reproduce(
     reproduction = plan(figures, scale, data, command)
     with _progress() as progress:
         result, runs = run_reproduction(
-            reproduction, out, workers=workers, data_dir=_data_dir(data_dir), progress=progress
+            reproduction, out, place=place, workers=workers, data_dir=_data_dir(data_dir), progress=progress
         )
     Console().print(_verdict_table(result.verdicts))
     print(f"page: {result.page}")

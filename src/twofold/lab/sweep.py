@@ -1,22 +1,18 @@
-"""Many runs on this machine: one process a core, one run at a time in each, nothing computed twice."""
+"""Many runs, on this machine or on a cluster; nothing is computed twice."""
 
-import os
-import signal
-import threading
 import time
 import traceback
 import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 
-import loky
-
-from twofold.errors import TwofoldError, TwofoldWarning
+from twofold.errors import TwofoldWarning
 from twofold.lab.config import RunConfig
 from twofold.lab.data import load
+from twofold.lab.places import Place, WorkerDiedError, find_place
 from twofold.lab.runs import RunDirectory, prepare_output
 from twofold.lab.training import train
 
@@ -26,8 +22,6 @@ Progress = Callable[[int, int, float | None], None]
 Compute = Callable[[RunDirectory, Path | None], str]
 """compute(directory, data_dir) -> status: what a worker does with one run."""
 
-_IDLE_SECONDS = 30  # workers outlive a sweep by this long, so that the next one starts at once
-_ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 _DIED_TWICE = "The process of this run died twice: it was killed, ran out of memory, or crashed."
 
 
@@ -59,6 +53,7 @@ def sweep(
     configs: Sequence[RunConfig],
     out: Path,
     *,
+    place: str = "local",
     workers: int | None = None,
     data_dir: Path | None = None,
     progress: Progress | None = None,
@@ -67,24 +62,27 @@ def sweep(
     """Train every configuration that has no result in `out` yet.
 
     The numbers of a run do not depend on the number of workers or on the order. A run that raises is recorded with its
-    error and does not stop the others; a worker that dies costs its run one retry, alone. Ctrl-C ends the sweep;
-    finished runs stay, interrupted ones go on from their checkpoints the next time.
+    error and does not stop the others; a worker that dies costs its run one retry. Ctrl-C ends the sweep; finished runs
+    stay, interrupted ones go on from their checkpoints the next time. Sweeps that share `out` wait for each other's
+    runs.
 
     Args:
         configs: what to run; equal ones are run once.
         out: the output directory.
-        workers: processes; None takes one for each core.
+        place: where to compute, as in `find_place`: "local", "ray" or "slurm".
+        workers: runs at once; None takes what the place has.
         data_dir: where data files lie.
         progress: called with (done, total, seconds left or None).
         compute: what a worker does with one run.
 
     Raises:
-        TwofoldError: before anything starts: `out` cannot be written to, data cannot be had, or `workers` is no count.
+        TwofoldError: before anything starts: `out` cannot be written to, data cannot be had, or the place cannot be
+            used.
     """
-    if workers is not None and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 1):
-        raise TwofoldError(f"workers is {workers!r}; expected an integer of at least 1, or None for one a core.")
     # workers outlive a sweep, and with it the directory that relative paths start from
     out, data_dir = Path(out).absolute(), None if data_dir is None else Path(data_dir).absolute()
+    gpus = int(any(config.device.startswith("cuda") for config in configs))
+    there = find_place(place, workers, out, gpus=gpus)
     prepare_output(out)
     directories = {directory.id: directory for directory in (RunDirectory(out, config) for config in configs)}
     outcomes: dict[str, tuple[str, str]] = {
@@ -97,19 +95,19 @@ def sweep(
 
     report = _Report(progress, reused, len(directories))
     if pending:
-        num_workers = min(workers or loky.cpu_count(), len(pending))
+        there.slots = min(there.slots, len(pending))
 
         def submit(directory: RunDirectory) -> Future:
-            return _pool(num_workers).submit(_work, compute, directory, data_dir)
+            return there.submit(_work, compute, directory, data_dir)
 
         def record(directory: RunDirectory, status: str, error: str) -> None:
             outcomes[directory.id] = (status, error)
             report.one_more()
 
         try:
-            _run_all(pending, num_workers, submit, record)
+            _run_all(pending, there, submit, record)
         except BaseException:
-            _pool(num_workers).shutdown(wait=True, kill_workers=True)
+            there.stop()
             raise
     return SweepResult(
         finished=tuple(name for name in directories if outcomes[name][0] == "finished"),
@@ -121,52 +119,33 @@ def sweep(
 
 def _run_all(
     pending: Sequence[RunDirectory],
-    num_workers: int,
+    place: Place,
     submit: Callable[[RunDirectory], Future],
     record: Callable[[RunDirectory, str, str], None],
 ) -> None:
-    """Keep every worker busy; after a death, which breaks the pool, try each run that was in flight again alone."""
-    waiting, suspects = deque(pending), deque[RunDirectory]()
-    in_flight: dict[Future, RunDirectory] = {}
-    while waiting or suspects or in_flight:
-        alone = bool(suspects) and not in_flight
-        if alone:
-            directory = suspects.popleft()
-            in_flight[submit(directory)] = directory
-        while waiting and not suspects and not alone and len(in_flight) < num_workers:
+    """Keep every slot busy, and try a run whose worker died once more: alone where one death takes all in flight."""
+    waiting, again = deque(pending), deque[RunDirectory]()
+    in_flight: dict[Future, tuple[RunDirectory, bool]] = {}
+    while waiting or again or in_flight:
+        while again and len(in_flight) < (place.slots if place.isolated else 1):
+            directory = again.popleft()
+            in_flight[submit(directory)] = (directory, True)
+        alone = not place.isolated and (bool(again) or any(second for _, second in in_flight.values()))
+        while waiting and not alone and len(in_flight) < place.slots:
             directory = waiting.popleft()
-            in_flight[submit(directory)] = directory
+            in_flight[submit(directory)] = (directory, False)
         done, _ = wait(in_flight, return_when=FIRST_COMPLETED)
-        if any(isinstance(future.exception(), BrokenExecutor) for future in done):
+        if not place.isolated and any(isinstance(future.exception(), WorkerDiedError) for future in done):
             done, _ = wait(in_flight)
         for future in done:
-            directory = in_flight.pop(future)
-            if not isinstance(future.exception(), BrokenExecutor):
+            directory, second = in_flight.pop(future)
+            if not isinstance(future.exception(), WorkerDiedError):
                 record(directory, *future.result())
-            elif alone:
+            elif second:
                 directory.fail(_DIED_TWICE)
                 record(directory, "failed", _DIED_TWICE)
             else:
-                suspects.append(directory)
-
-
-def _pool(num_workers: int):
-    """The pool of this process: the one of before while it is whole, a new one after a worker died."""
-    return loky.get_reusable_executor(
-        num_workers, timeout=_IDLE_SECONDS, initializer=_start_worker, initargs=(os.getpid(),), env=_ONE_THREAD
-    )
-
-
-def _start_worker(parent: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-
-
-def _end_with(parent: int) -> None:
-    """Without this, the worker of a killed sweep would go on with its run and keep the next sweep waiting for it."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
+                again.append(directory)
 
 
 def _work(compute: Compute, directory: RunDirectory, data_dir: Path | None) -> tuple[str, str]:

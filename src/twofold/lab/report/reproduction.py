@@ -96,6 +96,7 @@ def reproduce(
     reproduction: Reproduction,
     out: Path,
     *,
+    place: str = "local",
     workers: int | None = None,
     data_dir: Path | None = None,
     progress: Progress | None = None,
@@ -105,7 +106,8 @@ def reproduce(
     Args:
         reproduction: from `plan`.
         out: the output directory.
-        workers: processes; None takes one for each core.
+        place: where to compute, as in `find_place`: "local", "ray" or "slurm".
+        workers: runs at once; None takes what the place has.
         data_dir: where data files lie.
         progress: called with (runs done, total, seconds left or None).
 
@@ -115,7 +117,7 @@ def reproduce(
     prepare_output(out)
     configs = {number: reproduction.configs(number) for number in reproduction.figures}
     needed = [config for of_figure in configs.values() for config in of_figure]
-    result = sweep(needed, out, workers=workers, data_dir=data_dir, progress=progress)
+    result = sweep(needed, out, place=place, workers=workers, data_dir=data_dir, progress=progress)
     record = {
         "command": reproduction.command,
         "scale": reproduction.scale,

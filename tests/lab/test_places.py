@@ -1,0 +1,83 @@
+"""The same sweep on every place, with the same results and the same ways to fail."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from lab.one_node_slurm import missing, one_node_slurm
+from lab.test_sweep import CONFIGS, IDS
+from twofold.errors import TwofoldError
+from twofold.lab.places import find_place
+from twofold.lab.runs import load_run
+from twofold.lab.sweep import compute, sweep
+
+
+@pytest.fixture(scope="module")
+def cluster(request, tmp_path_factory):
+    """The text that names a place which is up."""
+    name = request.param
+    if name == "slurm":
+        reason = missing()
+        if reason is not None:
+            assert not os.environ.get("CI"), reason
+            pytest.skip(reason)
+        with one_node_slurm(tmp_path_factory.mktemp("slurm")) as environment, pytest.MonkeyPatch.context() as patch:
+            for key, value in environment.items():
+                patch.setenv(key, value)
+            yield "slurm:timeout_min=5"
+        return
+    ray = pytest.importorskip("ray")
+    yield name
+    ray.shutdown()
+
+
+@pytest.mark.xdist_group("clusters")
+@pytest.mark.parametrize("cluster", ["ray", "slurm"], indirect=True)
+def test_a_cluster_computes_what_this_machine_does(cluster, tmp_path):
+    there = sweep(CONFIGS[:2], tmp_path / "there", place=cluster, workers=2)
+    here = sweep(CONFIGS[:2], tmp_path / "here", workers=1)
+    assert there.finished == here.finished == tuple(IDS[:2])
+    for name in IDS[:2]:
+        first, second = (tmp_path / out / "runs" / name for out in ("there", "here"))
+        for file in ("metrics.csv", "weights.safetensors", "config.json"):
+            assert (first / file).read_bytes() == (second / file).read_bytes()
+    assert sweep(CONFIGS[:2], tmp_path / "there", place=cluster).reused == 2
+
+
+@pytest.mark.xdist_group("clusters")
+@pytest.mark.parametrize("cluster", ["ray", "slurm"], indirect=True)
+def test_a_worker_that_dies_on_a_cluster_costs_its_run_one_retry(cluster, tmp_path):
+    deaths = tmp_path / "deaths"
+
+    def die(directory, data_dir):
+        died = deaths.read_text() if deaths.exists() else ""
+        if directory.config.seed == 1 or (directory.config.seed == 2 and "2" not in died):
+            with deaths.open("a") as file:
+                file.write(str(directory.config.seed))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return compute(directory, data_dir)
+
+    result = sweep(CONFIGS[:3], tmp_path, place=cluster, workers=2, compute=die)
+    assert result.finished == (IDS[0], IDS[2])
+    assert list(result.failed) == [IDS[1]]
+    assert "died twice" in load_run(tmp_path / "runs" / IDS[1]).error
+    assert sorted(deaths.read_text()) == ["1", "1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("text", "workers", "message"),
+    [
+        ("moon", None, "no place 'moon'.*local, ray, slurm"),
+        ("local:2", None, "no place"),
+        ("local", 0, "workers is 0"),
+        ("slurm:timeout_min", None, "timeout_min has no value"),
+        ("slurm:nonsense=1", None, "Slurm cannot be used"),
+    ],
+    ids=str,
+)
+def test_places_that_cannot_be_used(text, workers, message, tmp_path):
+    with pytest.raises(TwofoldError, match=message):
+        find_place(text, workers, tmp_path)
+    assert not list(Path(tmp_path).iterdir())
