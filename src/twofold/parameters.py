@@ -182,8 +182,8 @@ class ParameterLayout:
                 f"v has shape {tuple(vectors.shape)}; expected [{self.size}] or [{self.size}, K], or named tensors."
             )
         vectors = self._checked(vectors)
-        # A finite sum proves finite entries and is much cheaper to take; a sum may also overflow.
-        if not torch.isfinite(vectors.sum()) and not torch.isfinite(vectors).all():
+        # A finite norm proves finite entries and is much cheaper to take; a norm may also overflow.
+        if not torch.isfinite(torch.linalg.vector_norm(vectors)) and not torch.isfinite(vectors).all():
             raise TwofoldError("v has entries that are NaN or infinite.")
         return vectors if vectors.dim() == 2 else vectors.unsqueeze(1)
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from twofold.curvature.asked import asked
+
 _aten = torch.ops.aten
 
 
@@ -57,7 +59,7 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         x, w = ctx.saved_tensors
-        of_x, of_w, of_bias = _wanted(ctx)[:3]
+        of_x, of_w, of_bias = asked(ctx, 3)
         gx, gw = None, None
         if of_x or of_w:
             gx, gw = _Adjoints.apply(g, x, w, ctx.geometry, of_x, of_w)  # pyrefly: ignore
@@ -79,7 +81,7 @@ class _Adjoints(torch.autograd.Function):
     # pyrefly: ignore[bad-override]
     def backward(ctx: Any, cx: Tensor | None, cw: Tensor | None) -> tuple[Tensor | None, ...]:
         g, x, w = ctx.saved_tensors
-        of_g, of_x, of_w = _wanted(ctx)[:3]
+        of_g, of_x, of_w = asked(ctx, 3)
         geometry, dg = ctx.geometry, None
         if of_g and cx is not None:
             dg = geometry(cx, w)
@@ -89,21 +91,6 @@ class _Adjoints(torch.autograd.Function):
         dx = geometry.adjoints(g, x, cw, of_x=True, of_w=False)[0] if of_x and cw is not None else None
         dw = geometry.adjoints(g, cx, w, of_x=False, of_w=True)[1] if of_w and cx is not None else None
         return dg, dx, dw, None, None, None
-
-
-def _wanted(ctx: Any) -> list[bool]:
-    """Which of three tensor inputs' gradients the running backward pass will use."""
-    nodes = [node for node, _ in ctx.next_functions]
-    nodes += [None] * (3 - len(nodes))
-    return [needed and _will_run(node) for needed, node in zip(ctx.needs_input_grad[:3], nodes[:3], strict=True)]
-
-
-def _will_run(node: Any) -> bool:
-    try:
-        return torch._C._will_engine_execute_node(node)
-    except RuntimeError:
-        # So it answers for a leaf whose gradient was asked for.
-        return True
 
 
 def _convolve(num_dims: int, transposed: bool, native: Callable[..., Tensor]) -> Callable[..., Tensor]:

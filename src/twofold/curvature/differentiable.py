@@ -239,14 +239,14 @@ class Repairs(TorchFunctionMode):
         hooked = saving_is_hooked()
         self.checkpointed |= hooked
         # A checkpoint recomputes its segment with torch's own operations and must find the same tensors saved.
-        if func in CONVOLUTIONS and not hooked and not _is_transformed():
+        if func in CONVOLUTIONS and not hooked and not is_transformed():
             return CONVOLUTIONS[func](*args, **kwargs)
         if func is torch._weight_norm:
             return _weight_norm(*args, **kwargs)
         return func(*args, **kwargs)
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     """Tell whether autocast or a torch.func transform rewrites the operations of the pass."""
     autocast = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
     return autocast or torch._C._functorch.peek_interpreter_stack() is not None

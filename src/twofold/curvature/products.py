@@ -19,6 +19,7 @@ from twofold.curvature.differentiable import (
     unwrap,
 )
 from twofold.curvature.dissection import Dissection, Group, Held, Operation
+from twofold.curvature.elementwise import DerivativesKept
 from twofold.curvature.freshness import Snapshot
 from twofold.curvature.kinds import recorded_apart
 from twofold.curvature.losses import Loss, as_loss
@@ -264,6 +265,7 @@ class Products:
             self._random_states[index].restore()
             with ExitStack() as stack:
                 repairs = stack.enter_context(differentiable_twice(self.model))
+                stack.enter_context(DerivativesKept())
                 if kinds:
                     warned = self._warned if len(kinds) == 1 else None
                     stack.enter_context(recorded_apart(self.model, kinds, held, warned))

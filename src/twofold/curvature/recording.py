@@ -262,11 +262,12 @@ def _saved_bytes(recording: Recording) -> int:
     nodes = list(graph_nodes([*recording.outputs, *recording._reverse[0]]))
     for node in nodes:
         saved = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
-        for tensor in tree_leaves([saved, getattr(node, "saved_tensors", ())]):
+        held = list(getattr(node, "held", ()))
+        for tensor in tree_leaves([saved, getattr(node, "saved_tensors", ()), held]):
             if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
                 storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        # An operation that is told apart keeps a graph of its own.
-        apart = [*getattr(node, "gradients", ()), *getattr(getattr(node, "operation", None), "outputs", ())]
-        nodes += graph_nodes([tensor for tensor in apart if tensor is not None])
-    own = {parameter.untyped_storage().data_ptr() for parameter in recording.parameters}
-    return sum(size for place, size in storages.items() if place not in own)
+        # An operation that is told apart, or keeps its derivatives, has a graph of its own.
+        own = [*getattr(node, "gradients", ()), *getattr(getattr(node, "operation", None), "outputs", ()), *held]
+        nodes += graph_nodes([tensor for tensor in own if isinstance(tensor, Tensor)])
+    lent = {parameter.untyped_storage().data_ptr() for parameter in recording.parameters}
+    return sum(size for place, size in storages.items() if place not in lent)
