@@ -19,8 +19,10 @@ from twofold.curvature.diagonal import diagonal
 from twofold.curvature.eigen import eigsh
 from twofold.curvature.fidelity import Fidelity, fidelity
 from twofold.curvature.liveness import live_fraction
+from twofold.curvature.measure import measure
 from twofold.curvature.norms import frobenius_norm
 from twofold.curvature.operators import NME, ActivationNME, GaussNewton, Hessian
+from twofold.curvature.report import CurvatureReport
 from twofold.curvature.trace import trace
 from twofold.errors import TwofoldError, TwofoldWarning
 from twofold.regularizers import (
@@ -56,6 +58,7 @@ __all__ = [
     "BetaGELU",
     "BlockNorms",
     "Curvature",
+    "CurvatureReport",
     "DiagonalEstimate",
     "EigenSAM",
     "Eigenpairs",
@@ -85,6 +88,7 @@ __all__ = [
     "gaussian",
     "live_fraction",
     "matched_sigma",
+    "measure",
     "second_derivative",
     "spectral_density",
     "trace",

@@ -82,6 +82,7 @@ class Products:
         self._kept: dict[tuple[int, tuple[str, ...]], Recording] = {}
         self._warned: set[str] = set()
         self._num_batches: int | None = None
+        self._num_terms: float | None = None
         self._bytes_each = 0
         self._snapshot: Snapshot | None = None
         generator = getattr(data, "generator", None)
@@ -204,7 +205,26 @@ class Products:
             self._average_in(value, recording.value.double().cpu(), recording.count, total)
             self._average_in(gradient, self.layout.flatten(recording.gradient), recording.count, total)
         self._check_total(total)
+        self._num_terms = total
         return value.item(), gradient
+
+    @property
+    def num_batches(self) -> int:
+        """How many batches the data has."""
+        if self._num_batches is None:
+            self.loss_and_gradient()
+        return self._num_batches or 0
+
+    @property
+    def num_terms(self) -> float | None:
+        """How many terms the loss averages over the whole set; None where it sums."""
+        if self._num_terms is None:
+            self.loss_and_gradient()
+        return self._num_terms if self.loss.averages else None
+
+    def forget(self) -> None:
+        """Drop the recordings kept, to free their memory; they are made anew when next asked for."""
+        self._kept.clear()
 
     def _average_in(self, average: Tensor, part: Tensor, count: float, total: float) -> None:
         if self.loss.averages:
