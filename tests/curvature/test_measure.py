@@ -130,9 +130,10 @@ def test_norms_of_blocks(float64):
     model, x, y = Scalars(), torch.randn(6, 1), torch.randn(6, 1)
     reference = dense(model, F.mse_loss, [(x, y)])
     blocks = twofold.measure(model, nn.MSELoss(), (x, y)).block_norms
-    assert blocks.names == ("a", "b", "c")
-    for matrix in ("hessian", "gauss_newton", "nme"):
-        found, wanted = torch.tensor(blocks.norms[matrix]), getattr(reference, matrix).abs()
+    assert list(blocks) == ["hessian", "gauss_newton", "nme"]
+    for matrix, norms in blocks.items():
+        assert norms.blocks == ("a", "b", "c")
+        found, wanted = norms.value, getattr(reference, matrix).abs()
         assert (found - wanted).abs().max() <= 1e-9 * wanted.max()
 
 
@@ -227,7 +228,7 @@ def test_a_short_budget_measures_the_most_important_and_says_what_is_left_out():
     assert report.traces["hessian"].num_matvecs == 2
     assert math.isfinite(report.gradient_shares["nme"])
     assert report.eigenvalues == ()
-    assert report.densities == report.anatomy == {}
+    assert report.densities == report.anatomy == report.block_norms == {}
     assert {"probes", "eigenvalues", "spectral densities", "anatomy", "norms of blocks"} <= set(report.left_out)
     assert "2 of 50" in report.left_out["probes"]
     assert all("budget of 1e-06 s" in why for why in report.left_out.values())
@@ -304,10 +305,9 @@ def test_every_field_is_needed(small):
     for name in values_of:
         with pytest.raises(TwofoldError):
             CurvatureReport.from_dict({other: value for other, value in values_of.items() if other != name})
+        wrong = {"odd": 1} if isinstance(values_of[name], int | float) else 17
         with pytest.raises(TwofoldError):
-            CurvatureReport.from_dict(
-                {**small.to_dict(), name: 17 if name in ("traces", "policy", "densities") else []}
-            )
+            CurvatureReport.from_dict({**values_of, name: wrong})
 
 
 def test_a_failed_save_leaves_the_old_file(small, tmp_path, monkeypatch):
@@ -344,7 +344,7 @@ def test_plot_draws_a_panel_for_each_part(small):
         "NME: norms of blocks",
     } <= titles
     bare = replace(
-        small, densities={}, eigenvalues=(), block_norms=None, anatomy={}, along_gradient={"hessian": math.nan}
+        small, densities={}, eigenvalues=(), block_norms={}, anatomy={}, along_gradient={"hessian": math.nan}
     )
     assert {axes.get_title(loc="left") for axes in bare.plot().axes} >= {"Frobenius norms", "Traces"}
 

@@ -3,7 +3,8 @@
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeAlias
@@ -15,16 +16,17 @@ from torch import Tensor, nn
 from twofold.activations.second_derivative import active_second_derivatives
 from twofold.curvature.anatomy import Anatomy, anatomy
 from twofold.curvature.budget import peak_memory, seconds_of
+from twofold.curvature.curvature import Curvature
 from twofold.curvature.density import spectral_density
 from twofold.curvature.eigen import eigsh
 from twofold.curvature.liveness import live_fraction
-from twofold.curvature.operators import NME, GaussNewton, Hessian, SymmetricOperator
+from twofold.curvature.operators import NME, GaussNewton, Hessian
 from twofold.curvature.probes import check_count, generator_for, rademacher
 from twofold.curvature.products import Products
-from twofold.curvature.report import AnatomyFigures, BlockNorms, Cost, CurvatureReport, Eigenvalue, blocks_of
+from twofold.curvature.report import AnatomyFigures, Cost, CurvatureReport, Eigenvalue, blocks_of
 from twofold.curvature.sampling import HALVES, SPLIT, Samples, gram_of
 from twofold.errors import TwofoldError, TwofoldWarning
-from twofold.types import Forward, LossFn, Matrix, Mode, Params, SpectralDensity, Weight
+from twofold.types import BlockNorms, Forward, LossFn, Matrix, Mode, Params, SpectralDensity, Weight
 
 Progress: TypeAlias = Callable[[str, float], None]
 """progress(stage, fraction of the stage that is done)."""
@@ -111,8 +113,8 @@ def measure(
         options["memory"] = memory // 4
     else:
         options["memory"] = memory  # Products says what is wrong with it
-    products = Products(model, loss_fn, data, **options)
-    layout = products.layout
+    curvature = Curvature(model, loss_fn, data, **options)
+    products, layout = curvature._products, curvature.layout
     vectors = (memory - memory // 4) // (layout.size * layout.dtype.itemsize)
     session = _Session(start, seconds, progress, vectors, generator_for(layout.device, generator))
     seed = session.generator.initial_seed()
@@ -126,10 +128,10 @@ def measure(
     samples = _sample(products, terms, num_probes, session)
     products.forget()
     eigenvalues = _eigenvalues(products, num_eigenvalues, session)
-    block_norms = _block_norms(products, session)
+    block_norms = _block_norms(curvature, session)
     densities = _densities(products, session)
     policy = _policy(products, model, mode, samples, seed)
-    del products
+    del curvature, products
     parts = _anatomy(partial(anatomy, model, loss_fn, data, **options), gradient, session)
 
     names = samples.names
@@ -193,6 +195,25 @@ class _Session:
         if self._progress is not None:
             self._progress(stage, min(fraction, 1.0))
 
+    @contextmanager
+    def stage(self, name: str, products: Products, total: int) -> Iterator[None]:
+        """Count products and tell how far a stage of at most so many has come."""
+        taken = 0
+
+        def watch(count: int) -> None:
+            nonlocal taken
+            taken += count
+            self.num_matvecs += count
+            self.tell(name, taken / total)
+
+        self.tell(name, 0.0)
+        products.watch = watch
+        try:
+            yield
+        finally:
+            products.watch = None
+        self.tell(name, 1.0)
+
     def leave_out(self, what: str, why: str) -> None:
         self.left_out[what] = why
 
@@ -203,20 +224,6 @@ class _Session:
     @property
     def memory_was_short(self) -> str:
         return f"{max(self.vectors, 0)} vectors fit the memory"
-
-
-class _Watched(SymmetricOperator):
-    """An operator that tells of every product."""
-
-    def __init__(self, operator: SymmetricOperator, tell: Callable[[int], None]) -> None:
-        super().__init__(operator.layout)
-        self._operator, self._tell, self._taken = operator, tell, 0
-
-    def _rows(self, rows: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:
-        result = self._operator._rows(rows)
-        self._taken += len(rows)
-        self._tell(self._taken)
-        return result
 
 
 def _along_gradient(
@@ -256,15 +263,13 @@ def _live_fraction(model: nn.Module, data: Any, forward: Forward | None, mode: M
 def _sample(products: Products, terms: tuple[Matrix, ...], num_probes: int, session: _Session) -> Samples:
     samples = Samples(products, terms)
     start, available = time.monotonic(), 0.35 * session.left
-    for probe in rademacher(Hessian.of(products), num_probes, session.generator):
-        if len(samples) >= _FEWEST_PROBES and (time.monotonic() - start) * (1 + 1 / len(samples)) > available:
-            session.leave_out("probes", f"{len(samples)} of {num_probes}; {session.budget_was_short}")
-            break
-        samples.take(probe)
-        session.tell("probes", len(samples) / num_probes)
+    with session.stage("probes", products, num_probes):
+        for probe in rademacher(Hessian.of(products), num_probes, session.generator):
+            if len(samples) >= _FEWEST_PROBES and (time.monotonic() - start) * (1 + 1 / len(samples)) > available:
+                session.leave_out("probes", f"{len(samples)} of {num_probes}; {session.budget_was_short}")
+                break
+            samples.take(probe)
     session.each = (time.monotonic() - start) / len(samples)
-    session.num_matvecs += len(samples)
-    session.tell("probes", 1.0)
     return samples
 
 
@@ -288,11 +293,10 @@ def _eigenvalues(products: Products, wanted: int, session: _Session) -> tuple[Ei
         return ()
     if k < wanted:
         session.leave_out("eigenvalues", f"{k} of {wanted}; {session.memory_was_short}")
-    operator = _Watched(Hessian.of(products), lambda taken: session.tell("eigenvalues", taken / most))
-    with warnings.catch_warnings():
+    with session.stage("eigenvalues", products, most), warnings.catch_warnings():
         warnings.simplefilter("ignore", TwofoldWarning)
         pairs = eigsh(
-            operator,
+            Hessian.of(products),
             k,
             which="BE",
             tol=_EIGENVALUE_TOL,
@@ -300,7 +304,6 @@ def _eigenvalues(products: Products, wanted: int, session: _Session) -> tuple[Ei
             basis_size=basis,
             generator=session.generator,
         )
-    session.num_matvecs += pairs.num_matvecs + k
     if not pairs.converged:
         session.leave_out(
             "convergence of the eigenvalues", f"residuals are larger than wanted after {pairs.num_matvecs} products"
@@ -311,42 +314,21 @@ def _eigenvalues(products: Products, wanted: int, session: _Session) -> tuple[Ei
         rows = products.matmat(row.unsqueeze(0), HALVES)
         halves = gram_of([row, *(half[0] for half in rows)])[0, 1:].tolist()
         found.append(Eigenvalue(value.item(), residual.item(), *halves))
-    session.tell("eigenvalues", 1.0)
     return tuple(found)
 
 
-def _block_norms(products: Products, session: _Session) -> BlockNorms | None:
-    """||A_ij||_F from E ||A_ij v_j||^2, v_j a probe that is zero outside block j."""
-    layout = products.layout
-    blocks = blocks_of(list(layout.shapes), _MOST_BLOCKS)
+def _block_norms(curvature: Curvature, session: _Session) -> Mapping[str, BlockNorms]:
+    blocks = blocks_of(list(curvature.layout.shapes), _MOST_BLOCKS)
     probes = int(min(session.affordable(0.3) / len(blocks), _BLOCK_PROBES))
-    if len(blocks) < 2:
-        return None
     if len(blocks) > _MOST_BLOCKS:
-        session.leave_out("norms of blocks", f"{len(blocks)} blocks are too many for a probe each")
-        return None
+        session.leave_out("norms of blocks", f"{len(blocks)} blocks are more than {_MOST_BLOCKS}")
+        return {}
     if probes < 1:
-        session.leave_out("norms of blocks", f"{session.budget_was_short}: they need {len(blocks)} products")
-        return None
-    squares = {matrix: torch.zeros(len(blocks), len(blocks), dtype=torch.float64) for matrix in ("hessian", *HALVES)}
-    for count, probe in enumerate(rademacher(Hessian.of(products), probes, session.generator)):
-        named = layout.as_dict(probe)
-        for j, inside in enumerate(blocks.values()):
-            row = layout.from_dict({n: v if n in inside else torch.zeros_like(v) for n, v in named.items()})
-            halves = [layout.as_dict(rows[0]) for rows in products.matmat(row.unsqueeze(0), HALVES)]
-            for i, names in enumerate(blocks.values()):
-                grams = [gram_of([half[name].reshape(-1) for half in halves]) for name in names]
-                gram = torch.stack(grams).sum(0) / probes
-                squares["gauss_newton"][i, j] += gram[0, 0]
-                squares["nme"][i, j] += gram[1, 1]
-                squares["hessian"][i, j] += gram.sum()
-            session.tell("blocks", (count + (j + 1) / len(blocks)) / probes)
-    session.num_matvecs += probes * len(blocks)
-    norms = {
-        matrix: tuple(tuple(row) for row in ((square + square.T) / 2).clamp(min=0).sqrt().tolist())
-        for matrix, square in squares.items()
-    }
-    return BlockNorms(tuple(blocks), norms, probes)
+        session.leave_out("norms of blocks", f"{session.budget_was_short} for {len(blocks)} products")
+        return {}
+    with session.stage("blocks", curvature._products, probes * len(blocks)):
+        norms = curvature.block_norms(probes, blocks=blocks, generator=session.generator)
+    return {str(matrix): table for matrix, table in norms.items()}
 
 
 def _densities(products: Products, session: _Session) -> Mapping[str, SpectralDensity]:
@@ -368,18 +350,13 @@ def _densities(products: Products, session: _Session) -> Mapping[str, SpectralDe
             f"{probes} probes of {steps} Lanczos steps instead of {_DENSITY_PROBES} of {_DENSITY_STEPS}; {why}",
         )
     total = len(operators) * probes * min(steps, products.layout.size)
-    found: dict[str, SpectralDensity] = {}
-    for number, (name, operator) in enumerate(operators.items()):
-        watched = _Watched(
-            operator, lambda taken, n=number: session.tell("densities", n / len(operators) + taken / total)
-        )
-        found[name] = spectral_density(watched, num_probes=probes, steps=steps, generator=session.generator)
-        session.num_matvecs += found[name].num_matvecs
+    options: dict[str, Any] = {"num_probes": probes, "steps": steps, "generator": session.generator}
+    with session.stage("densities", products, total):
+        found = {name: spectral_density(operator, **options) for name, operator in operators.items()}
     low = min(density.grid[0].item() for density in found.values())
     high = max(density.grid[-1].item() for density in found.values())
     sigma = (high - low) / 110  # the grids reach beyond the nodes by 5 widths of a hundredth of their range
     grid = torch.linspace(low, high, 441, dtype=torch.float64)
-    session.tell("densities", 1.0)
     return {name: density.on(grid, sigma) for name, density in found.items()}
 
 

@@ -50,6 +50,9 @@ class Products:
         mode: "train", "eval", or None for the model as it is. Dropout masks are fixed for each batch at construction.
         memory: bytes for kept recordings of a set of several batches (1 GiB when None); one batch is always kept.
         weight: how many terms a batch's loss averages, for losses that are not torch's own.
+
+    Attributes:
+        watch: called, where one is set, with the number of vectors that were multiplied.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class Products:
         self._random_states = [RandomState()]
         self._kept: dict[tuple[int, tuple[str, ...]], Recording] = {}
         self._warned: set[str] = set()
+        self.watch: Callable[[int], None] | None = None
         self._num_batches: int | None = None
         self._num_terms: float | None = None
         self._bytes_each = 0
@@ -184,6 +188,8 @@ class Products:
                 del found
             first = False
         self._check_total(total)
+        if self.watch is not None:
+            self.watch(len(rows))
         return averages
 
     @full_precision()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from twofold.errors import TwofoldError
-from twofold.types import Estimate, SpectralDensity
+from twofold.types import BlockNorms, Estimate, SpectralDensity
 
 SYMBOLS = {"hessian": "H", "gauss_newton": "GN", "nme": "NME", "activation_nme": "phi'' of NME", "rest": "rest of NME"}
 """How reports write the matrices; the last two are the NME's parts, with phi'' and without."""
@@ -40,21 +40,6 @@ class Eigenvalue:
     residual: float
     gauss_newton: float
     nme: float
-
-
-@dataclass(frozen=True)
-class BlockNorms:
-    """Frobenius norms of the blocks A_ij of each matrix, i and j being groups of parameters.
-
-    Attributes:
-        names: the groups: modules, or patterns of parameters.
-        norms: {matrix: rows of ||A_ij||_F}.
-        num_matvecs: products for each column.
-    """
-
-    names: tuple[str, ...]
-    norms: Mapping[str, tuple[tuple[float, ...], ...]]
-    num_matvecs: int
 
 
 @dataclass(frozen=True)
@@ -107,7 +92,8 @@ class CurvatureReport:
         traces: {matrix: tr A}.
         block_traces: {parameter or module: {matrix: trace of its diagonal block}}, for each prefix of a dotted name.
         eigenvalues: some eigenvalues of H from both ends, ascending, each split into halves.
-        block_norms: norms of the blocks between modules, or None.
+        block_norms: {"hessian", "gauss_newton", "nme": BlockNorms}, the norms of the blocks A_bc between groups of
+            parameters, or empty.
         densities: {"hessian", "gauss_newton", "nme": SpectralDensity}, on a common grid, or empty.
         anatomy: {kind of operation: AnatomyFigures}, or empty.
         live_fraction: the fraction of activation inputs at which phi'' is not 0, or None.
@@ -127,7 +113,7 @@ class CurvatureReport:
     traces: Estimates
     block_traces: Mapping[str, Estimates]
     eigenvalues: tuple[Eigenvalue, ...]
-    block_norms: BlockNorms | None
+    block_norms: Mapping[str, BlockNorms]
     densities: Mapping[str, SpectralDensity]
     anatomy: Mapping[str, AnatomyFigures]
     live_fraction: float | None
@@ -255,11 +241,9 @@ def _density(values: Mapping[str, Any]) -> SpectralDensity:
     return SpectralDensity(**curves, sigma=float(values["sigma"]), num_matvecs=int(values["num_matvecs"]))
 
 
-def _block_norms(values: Mapping[str, Any] | None) -> BlockNorms | None:
-    if values is None:
-        return None
-    norms = {name: _floats(rows) for name, rows in values["norms"].items()}
-    return BlockNorms(tuple(map(str, values["names"])), norms, int(values["num_matvecs"]))
+def _block_norms(values: Mapping[str, Any]) -> BlockNorms:
+    value, stderr = (torch.tensor(_floats(values[name]), dtype=torch.float64) for name in ("value", "stderr"))
+    return BlockNorms(tuple(_text(name) for name in values["blocks"]), value, stderr, int(values["num_matvecs"]))
 
 
 def _anatomy(values: Mapping[str, Any]) -> AnatomyFigures:
@@ -279,7 +263,7 @@ _READERS: dict[str, Any] = {
     "traces": _estimates,
     "block_traces": lambda values: {name: _estimates(item) for name, item in values.items()},
     "eigenvalues": lambda values: tuple(Eigenvalue(**{n: float(v) for n, v in item.items()}) for item in values),
-    "block_norms": _block_norms,
+    "block_norms": lambda values: {name: _block_norms(item) for name, item in values.items()},
     "densities": lambda values: {name: _density(item) for name, item in values.items()},
     "anatomy": lambda values: {name: _anatomy(item) for name, item in values.items()},
     "live_fraction": lambda value: None if value is None else float(value),
@@ -334,7 +318,8 @@ def _lines(report: CurvatureReport) -> Iterator[str]:
         yield ""
         yield _row("anatomy of H", ["Frobenius norm", "trace", "share of g'H g"])
         for kind, part in report.anatomy.items():
-            yield _row(kind, [_pm(part.frobenius), _pm(part.trace), _percent(part.share)])
+            if part.frobenius.value > 0:
+                yield _row(kind, [_pm(part.frobenius), _pm(part.trace), _percent(part.share)])
     yield ""
     if report.live_fraction is not None:
         yield f"phi'' is alive at {_percent(report.live_fraction)} of the activations' inputs."
@@ -358,20 +343,17 @@ def _row(label: str, texts: Sequence[str]) -> str:
 
 
 def _pm(estimate: Estimate) -> str:
-    """Value ± error, with as many digits as the error leaves meaning."""
-    value, stderr = estimate.value, estimate.stderr
-    if value == stderr == 0:
-        return "0"
-    if not math.isfinite(value) or math.isnan(stderr):
+    """Value ± error, both to the first digit of the error, or to four digits of the larger."""
+    value, stderr = estimate.value, 0.0 if math.isnan(estimate.stderr) else estimate.stderr
+    largest = max(abs(value), stderr)
+    if not math.isfinite(largest) or largest == 0:
         return f"{value:.4g}"
-    digits = 4
-    if stderr > 0 and value:
-        digits = min(max(math.floor(math.log10(abs(value))) - math.floor(math.log10(stderr)) + 1, 1), 4)
-    return f"{_trimmed(value, digits)} ± {stderr:.1g}"
-
-
-def _trimmed(value: float, digits: int) -> str:
-    return f"{value:#.{digits}g}".rstrip(".") if abs(value) < 1e5 else f"{value:.{digits}g}"
+    exponent = math.floor(math.log10(largest))
+    shift = 0 if -3 <= exponent < 6 else exponent
+    last = max(math.floor(math.log10(stderr)) if stderr else exponent - 3, exponent - 3) - shift
+    value, stderr = (round(x / 10.0**shift, -last) for x in (value, stderr))
+    text = f"{value:.{max(-last, 0)}f}" + (f" ± {stderr:.{max(-last, 0)}f}" if stderr else "")
+    return text if not shift else f"({text})e{shift:+03d}" if stderr else f"{text}e{shift:+03d}"
 
 
 def _percent(share: float) -> str:

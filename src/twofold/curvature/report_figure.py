@@ -62,7 +62,7 @@ def draw(report: "CurvatureReport") -> Figure:
     panels.append((1, _norms))
     if report.eigenvalues:
         panels.append((1, _eigenvalues))
-    if report.block_norms is not None:
+    if report.block_norms:
         panels += [(1, _gauss_newton_blocks), (1, _nme_blocks)]
     panels.append((1, _traces))
     panels.append((1, _shares))
@@ -181,14 +181,12 @@ def _nme_blocks(axes: Axes, report: "CurvatureReport") -> None:
 
 def _blocks(axes: Axes, report: "CurvatureReport", matrix: str, colours: Any) -> None:
     """The norms of the blocks, on one scale of four decades for both halves."""
-    blocks = report.block_norms
-    assert blocks is not None
-    norms = np.array(blocks.norms[matrix])
-    high = max(np.max(rows) for name, rows in blocks.norms.items() if name != "hessian") or 1.0
+    norms = report.block_norms[matrix].value.numpy()
+    high = max(report.block_norms[half].value.max().item() for half in ("gauss_newton", "nme")) or 1.0
     shown = np.ma.masked_less_equal(norms, high * 1e-4)
     image = axes.imshow(shown, cmap=colours, norm=LogNorm(high * 1e-4, high))
     axes.figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03).outline.set_visible(False)
-    names = _shortened(blocks.names)
+    names = _shortened(report.block_norms[matrix].blocks)
     axes.set_xticks(range(len(names)), names, rotation=90)
     axes.set_yticks(range(len(names)), names)
     axes.tick_params(length=0, labelsize=7.5)
@@ -206,7 +204,7 @@ def _anatomy(axes: Axes, report: "CurvatureReport") -> None:
     places = np.arange(len(parts))[::-1]
     values = [part.frobenius.value for part in parts.values()]
     errors = [part.frobenius.stderr for part in parts.values()]
-    colours = [_COLOURS["gauss_newton"] if kind == "loss" else _COLOURS["nme"] for kind in parts]
+    colours = [_COLOURS[{"loss": "gauss_newton", "activation": "activation_nme"}.get(kind, "rest")] for kind in parts]
     axes.barh(places, values, xerr=np.nan_to_num(errors), height=0.62, color=colours, ecolor=_SOFT)
     axes.set_yticks(places, list(parts))
     axes.tick_params(axis="y", length=0)
