@@ -209,7 +209,7 @@ def reproduce(
     """Reproduce figures of the paper: runs, verdicts, and one page.
 
     Args:
-        figures: their numbers; none means those that the scale runs by default.
+        figures: numbers, or names of those beyond the paper; none: those of the scale.
         scale: smoke: under a minute; quick: minutes; cpu: hours; paper: GPU days.
         data: mnist1d or fashion-mnist.
         data_dir: where data files lie.

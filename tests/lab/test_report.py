@@ -259,7 +259,7 @@ def test_plans_refuse_before_anything_runs(monkeypatch):
         plan((), "paper")
     assert plan((), "cpu").data == ("mnist1d", "fashion-mnist")
     assert plan().figures == find_scale("quick").default_figures
-    assert list(plan(scale="smoke").figures) == figures_package.figure_numbers()
+    assert list(plan(scale="smoke").figures) == figures_package.figure_names()
 
 
 def test_refused_output_or_data_starts_nothing(tiny, tmp_path):

@@ -1,4 +1,4 @@
-"""What a figure of the paper is: its runs, its drawing, its numbers and its verdicts."""
+"""What a figure is: its runs, its drawing, its numbers and its verdicts."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure of the paper, arXiv 2401.10809, as an experiment that can be run and judged.
+    """One figure of the paper (arXiv 2401.10809), or one that it lacks, as an experiment that can be run and judged.
 
     Attributes:
-        number: the figure's number in the paper.
+        name: the figure's number in the paper, as text; a word for what the paper does not have.
         title: what it shows, in a few words.
         caption: what is drawn, for the page; also the text for readers who do not see the picture.
         differs: what differs from the paper's set-up, one sentence each.
@@ -31,7 +31,7 @@ class Figure:
         verdicts: (table of those runs, scale) -> one verdict for each finding and data set.
     """
 
-    number: int
+    name: str
     title: str
     caption: str
     differs: tuple[str, ...]
@@ -44,4 +44,9 @@ class Figure:
     @property
     def stem(self) -> str:
         """Name of its files without the ending."""
-        return f"figure-{self.number}"
+        return f"figure-{self.name}"
+
+    @property
+    def heading(self) -> str:
+        """How texts call it."""
+        return f"Figure {self.name}" if self.name.isdecimal() else f"Beyond the paper, {self.name}"

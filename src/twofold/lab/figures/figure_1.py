@@ -178,7 +178,7 @@ def verdicts(table: pd.DataFrame, scale: Scale) -> list[Verdict]:
     return [
         Verdict(
             finding=finding,
-            figure=FIGURE.number,
+            figure=FIGURE.name,
             rule=RULES[finding],
             effect=interval.mean,
             low=interval.low,
@@ -227,7 +227,7 @@ def _below_sgd(below: Interval, above: Interval) -> str:
 
 
 FIGURE = Figure(
-    number=1,
+    name="1",
     title="SAM and PSAM against rho, with GELU and with ReLU",
     caption=CAPTION,
     differs=DIFFERS,

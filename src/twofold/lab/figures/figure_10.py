@@ -31,7 +31,7 @@ DIFFERS = (
 )
 
 FIGURE = strength_figure(
-    number=10,
+    name="10",
     title="PSAM against rho without the NME",
     caption=CAPTION,
     differs=DIFFERS,

@@ -52,7 +52,7 @@ FINDINGS = (
 )
 
 FIGURE = strength_figure(
-    number=2,
+    name="2",
     title="PSAM against rho with GELU's second derivative switched off",
     caption=CAPTION,
     differs=DIFFERS,

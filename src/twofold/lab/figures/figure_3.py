@@ -43,7 +43,7 @@ DIFFERS = (
 )
 
 FIGURE = strength_figure(
-    number=3,
+    name="3",
     title="PSAM against rho with a synthetic second derivative for ReLU",
     caption=CAPTION,
     differs=DIFFERS,

@@ -88,7 +88,7 @@ FINDINGS = (
 )
 
 FIGURE = strength_figure(
-    number=4,
+    name="4",
     title="Weight noise and trace penalties against sigma^2",
     caption=CAPTION,
     differs=DIFFERS,

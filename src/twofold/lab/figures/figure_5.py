@@ -59,7 +59,7 @@ def _seeds(scale: Scale) -> Sequence[int]:
 
 
 FIGURE = strength_figure(
-    number=5,
+    name="5",
     title="Trace penalties by Hutchinson's method with five samples",
     caption=CAPTION,
     differs=DIFFERS,

@@ -170,11 +170,11 @@ FINDINGS = (
 
 def verdicts(table: pd.DataFrame, scale: Scale) -> list[Verdict]:
     """Decide FINDINGS on each data set in the table."""
-    return judge(FINDINGS, table, scale, FIGURE.number)
+    return judge(FINDINGS, table, scale, FIGURE.name)
 
 
 FIGURE = Figure(
-    number=6,
+    name="6",
     title="tr H and tr GN while they are penalised",
     caption=CAPTION,
     differs=DIFFERS,

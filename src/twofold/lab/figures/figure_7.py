@@ -181,11 +181,11 @@ FINDINGS = (
 def verdicts(table: pd.DataFrame, scale: Scale) -> list[Verdict]:
     """Decide FINDINGS over the scale's seeds, one datum each."""
     data = pd.DataFrame({"data.name": "toy", "seed": scale.seeds, "status": "finished"})
-    return judge(FINDINGS, data, scale, FIGURE.number)
+    return judge(FINDINGS, data, scale, FIGURE.name)
 
 
 FIGURE = Figure(
-    number=7,
+    name="7",
     title="Loss and NME of a toy network",
     caption=CAPTION,
     differs=DIFFERS,

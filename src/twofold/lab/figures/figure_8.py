@@ -98,11 +98,11 @@ FINDINGS = (
 
 def verdicts(table: pd.DataFrame, scale: Scale) -> list[Verdict]:
     """Decide FINDINGS on each data set in the table."""
-    return judge(FINDINGS, table, scale, FIGURE.number)
+    return judge(FINDINGS, table, scale, FIGURE.name)
 
 
 FIGURE = Figure(
-    number=8,
+    name="8",
     title="SGD, PSAM and SAM against beta of beta-GELU",
     caption=CAPTION,
     differs=DIFFERS,

@@ -102,11 +102,11 @@ FINDINGS = tuple(_fall(method, when) for method, when in LINES)
 
 def verdicts(table: pd.DataFrame, scale: Scale) -> list[Verdict]:
     """Decide FINDINGS on each data set in the table."""
-    return judge(FINDINGS, table, scale, FIGURE.number)
+    return judge(FINDINGS, table, scale, FIGURE.name)
 
 
 FIGURE = Figure(
-    number=9,
+    name="9",
     title="Live second derivatives of beta-GELU",
     caption=CAPTION,
     differs=DIFFERS,

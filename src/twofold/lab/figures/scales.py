@@ -27,7 +27,7 @@ class Scale:
     seeds: tuple[int, ...]
     recipes: dict[str, Callable[[], RunConfig]]
     default_data: tuple[str, ...]
-    default_figures: tuple[int, ...] = ()
+    default_figures: tuple[str, ...] = ()
 
     def recipe(self, data: str) -> RunConfig:
         """The configuration that the figures vary, for one data set.
@@ -80,7 +80,7 @@ SCALES = {
             _seeds(3),
             dict(_SMALL),
             ("mnist1d",),
-            default_figures=(1, 2, 3, 4, 6, 7, 10),  # all ten take five minutes, these less than four
+            default_figures=("1", "2", "3", "4", "6", "7", "10"),  # all ten take five minutes, these less than four
         ),
         Scale(
             "cpu",

@@ -25,7 +25,7 @@ PANELS = {"test": "Test accuracy (%)", "train": "Training accuracy (%)"}
 
 def strength_figure(
     *,
-    number: int,
+    name: str,
     title: str,
     caption: str,
     differs: tuple[str, ...],
@@ -40,7 +40,7 @@ def strength_figure(
     """A figure whose panels are test and training accuracy, a line for each curve.
 
     Args:
-        number: as in `Figure`, like the next four.
+        name: as in `Figure`, like the next four.
         title: what it shows.
         caption: what is drawn.
         differs: what differs from the paper's set-up.
@@ -74,9 +74,9 @@ def strength_figure(
         return draw_accuracy(numbers(table), {curve.label: curve.look for curve in curves}, axis, columns)
 
     def verdicts(table: pd.DataFrame, scale: Scale) -> list:
-        return judge(findings, table, scale, number)
+        return judge(findings, table, scale, name)
 
-    return Figure(number, title, caption, differs, rule, runs, draw, numbers, verdicts)
+    return Figure(name, title, caption, differs, rule, runs, draw, numbers, verdicts)
 
 
 def draw_accuracy(

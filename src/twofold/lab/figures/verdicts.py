@@ -43,7 +43,7 @@ class Verdict:
 
     Attributes:
         finding: what the paper claims.
-        figure: the figure's number.
+        figure: the figure's name.
         rule: how the finding is judged.
         effect: mean paired difference in the direction of the claim, in the rule's unit.
         low, high: its 95 % interval.
@@ -55,7 +55,7 @@ class Verdict:
     """
 
     finding: str
-    figure: int
+    figure: str
     rule: str
     effect: float
     low: float
@@ -150,7 +150,7 @@ class Finding:
     smallest: float = 1.0
 
 
-def judge(findings: Sequence[Finding], table: pd.DataFrame, scale: Scale, figure: int) -> list[Verdict]:
+def judge(findings: Sequence[Finding], table: pd.DataFrame, scale: Scale, figure: str) -> list[Verdict]:
     """Decide every finding on every data set in the table."""
     found = []
     for data, runs in table.groupby("data.name"):

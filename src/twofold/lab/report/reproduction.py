@@ -36,20 +36,20 @@ class Reproduction:
     """What is to be reproduced.
 
     Attributes:
-        figures: their numbers.
+        figures: their names.
         scale: the scale's name.
         data: names of the data sets.
         command: the command line that asks for it, for the page.
     """
 
-    figures: tuple[int, ...]
+    figures: tuple[str, ...]
     scale: str
     data: tuple[str, ...]
     command: str
 
-    def configs(self, number: int) -> list[RunConfig]:
+    def configs(self, name: str) -> list[RunConfig]:
         """The runs of one figure, over all data sets."""
-        figure, scale = find_figure(number), find_scale(self.scale)
+        figure, scale = find_figure(name), find_scale(self.scale)
         return [config for data in self.data for config in figure.runs(scale, data)]
 
 
@@ -72,7 +72,7 @@ def plan(
     """Check what is asked for before anything runs.
 
     Args:
-        figures: numbers of figures; none means those that the scale runs by default.
+        figures: names of figures; none means those that the scale runs by default.
         scale: "smoke", "quick", "cpu" or "paper".
         data: one data set; None takes those of the scale.
         command: the command line that asks for it.
@@ -83,8 +83,8 @@ def plan(
     chosen = find_scale(scale)
     names = chosen.default_data if data is None else (data,)
     selected = select_figures(tuple(figures) or chosen.default_figures)
-    reproduction = Reproduction(tuple(figure.number for figure in selected), scale, names, command)
-    devices = {config.device for number in reproduction.figures for config in reproduction.configs(number)}
+    reproduction = Reproduction(tuple(figure.name for figure in selected), scale, names, command)
+    devices = {config.device for name in reproduction.figures for config in reproduction.configs(name)}
     if any(device.startswith("cuda") for device in devices) and not torch.cuda.is_available():
         raise TwofoldError(
             f"Scale {scale!r} needs a CUDA GPU, and torch sees none here. Take scale smoke, quick or cpu."
@@ -115,14 +115,14 @@ def reproduce(
         TwofoldError: before any run: `out` cannot be written to, or data cannot be had.
     """
     prepare_output(out)
-    configs = {number: reproduction.configs(number) for number in reproduction.figures}
+    configs = {name: reproduction.configs(name) for name in reproduction.figures}
     needed = [config for of_figure in configs.values() for config in of_figure]
     result = sweep(needed, out, place=place, workers=workers, data_dir=data_dir, progress=progress)
     record = {
         "command": reproduction.command,
         "scale": reproduction.scale,
         "data": list(reproduction.data),
-        "figures": {str(number): [run_id(config) for config in of_figure] for number, of_figure in configs.items()},
+        "figures": {name: [run_id(config) for config in of_figure] for name, of_figure in configs.items()},
     }
     _write(Path(out) / RECORD, _json(record))
     return write_report(out), result
@@ -141,8 +141,8 @@ def write_report(out: Path) -> Report:
     record = _read_record(out / RECORD)
     scale = find_scale(record["scale"])
     verdicts, figures = [], []
-    for number, ids in record["figures"].items():
-        figure = find_figure(number)
+    for name, ids in record["figures"].items():
+        figure = find_figure(name)
         table = load_table(out, ids)
         verdicts += figure.verdicts(table, scale)
         figures.append(_write_figure(figure, table, out))
