@@ -169,15 +169,99 @@ def test_train_then_measure(run):
         line for line in out.splitlines() if line.startswith("epoch   2")
     ]
 
-    code, out, err = run(f"measure {directory} --num-matvecs 8")
-    assert (code, err) == (0, "")
-    rows = {
-        line.split()[0]: line.split()[1:] for line in out.splitlines() if line.strip().startswith(("H", "GN", "NME"))
-    }
-    hessian, gauss_newton, nme = (float(rows[name][0]) for name in ("H", "GN", "NME"))
-    assert hessian == pytest.approx(gauss_newton + nme, abs=2e-3 * abs(gauss_newton))
-    assert "60 of 60 training examples" in out
+    code, out, err = run(f"measure {directory} --num-probes 8 --out run.json")
+    assert code == 0
+    assert "60 of 60 training examples (labels as trained on)" in out
+    loaded = twofold.CurvatureReport.load("run.json")
+    assert str(loaded) in out
+    assert loaded.policy["mode"] == "eval mode"
+    assert loaded.traces["hessian"].num_matvecs == 8
     assert run(f"measure {directory} --num-examples 0")[0] == 2
+    code, out, _ = run(f"measure {directory} --num-probes 2 --num-examples 20 --mode train")
+    assert code == 0
+    assert "20 of 60 training examples" in out
+    assert "train mode" in out
+
+
+OWN = """
+import torch
+from torch import nn
+torch.manual_seed(0)
+X, Y = torch.randn(6, 3), torch.randint(2, (6,))
+MODEL = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+def good(): return MODEL, nn.CrossEntropyLoss(), [(X[:4], Y[:4]), (X[4:], Y[4:])]
+def mapped(): return MODEL, nn.CrossEntropyLoss(), {"x": X, "y": Y}, {"forward": lambda m, b: (m(b["x"]), b["y"])}
+def two(): return MODEL, nn.CrossEntropyLoss()
+def swapped(): return nn.functional.mse_loss, MODEL, (X, Y)
+def nothing(): pass
+def broken(): return 1 / 0
+def needy(x): return x
+NUMBER = 3
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    (tmp_path / "own.py").write_text(OWN)
+    (tmp_path / "bad.py").write_text("import nowhere_to_be_found")
+    (tmp_path / "worse.py").write_text("1 / 0")
+    (tmp_path / "json.py").write_text(OWN)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield
+    for name in ("own", "bad", "worse"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("target", ["own.py:good", "own:good", "./json.py:good", "own:mapped"])
+def test_measure_a_model_of_ones_own(run, own, target):
+    code, out, err = run(
+        f"measure {target} --num-probes 4 --out report.json --plot figure.png --params 2.* --mode eval"
+    )
+    assert code == 0, err
+    assert target in out
+    loaded = twofold.CurvatureReport.load("report.json")
+    assert str(loaded) in out
+    assert "report: report.json" in out
+    assert loaded.num_parameters == 10
+    assert loaded.policy["num_batches"] == (1 if "mapped" in target else 2)
+    assert Path("figure.png").read_bytes().startswith(b"\x89PNG")
+    assert "measuring: probes" in err
+    assert "peak memory" in out
+    assert json.dumps({}) == "{}"  # a file called json.py shadows nothing
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("missing.py:good", "missing.py does not exist"),
+        ("missing:good", "no module 'missing'"),
+        ("own.deeper:good", "own.deeper"),
+        ("own.py:absent", "no function 'absent'; it defines good, mapped"),
+        ("own.py:NUMBER", "no function 'NUMBER'"),
+        ("own.py:two", "expected (model, loss_fn, data)"),
+        ("own.py:swapped", "expected (model, loss_fn, data)"),
+        ("own.py:nothing", "returned NoneType"),
+        ("own.py:broken", "raised ZeroDivisionError"),
+        ("own.py:needy", "missing 1 required positional argument"),
+        ("bad.py:f", "No module named 'nowhere_to_be_found'"),
+        ("worse.py:f", "ZeroDivisionError"),
+        ("nowhere", "nowhere does not exist"),
+        ("own.py:good --budget soon", "budget is a positive time"),
+        ("own.py:good --params nothing.*", "'nothing.*' matches no parameter"),
+        ("own.py:good --num-examples 3", "--num-examples is for runs"),
+        ("own.py:good --num-probes 1", "num_probes"),
+        ("own.py:good --out missing/report.json", "there is no directory missing"),
+        ("own.py:good --plot figure.xyz", "ends in .png"),
+    ],
+)
+def test_measure_says_what_cannot_be_measured(run, own, line, said):
+    code, out, err = run(f"measure {line}")
+    assert (code, out) == (2, "")
+    errors = [shown for shown in err.splitlines() if not shown.startswith("measuring")]
+    assert errors[0].startswith("twofold: ")
+    assert said in " ".join(errors)
+    assert "Traceback" not in err
+    assert len(errors) <= 3
 
 
 def test_sweep(run):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import twofold
 from twofold.errors import TwofoldError, TwofoldWarning
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from twofold.lab.config import RunConfig
     from twofold.lab.figures.verdicts import Verdict
     from twofold.lab.sweep import SweepResult
-    from twofold.types import Matrix
 
 T = TypeVar("T")
 
@@ -50,7 +49,6 @@ DESCRIPTION = """Measure and regularise both halves of the Hessian, H = GN + NME
 
 _SECONDS_BETWEEN_LINES = 10
 _COLOURS = {"shows": "green", "does not show": "bright_black", "opposite": "red", "undecided": "yellow"}
-_SYMBOLS: "dict[Matrix, str]" = {"hessian": "H", "gauss_newton": "GN", "nme": "NME"}
 _python_format_warning = warnings.formatwarning
 
 
@@ -245,52 +243,55 @@ def report(directory: Annotated[Positional[Path], arg(metavar="DIR")], /) -> Non
 
 
 def measure(
-    directory: Annotated[Positional[Path], arg(metavar="DIR")],
+    target: Annotated[Positional[str], arg(metavar="TARGET", help_behavior_hint="")],
     /,
     *,
-    num_matvecs: Annotated[int, arg(metavar="N")] = 64,
+    budget: Annotated[str, arg(metavar="TIME")] = "5min",
+    params: Annotated[tuple[str, ...], arg(metavar="NAME ...", help_behavior_hint="(default: all)")] = (),
+    mode: Annotated[Literal["train", "eval"] | None, arg(help_behavior_hint="(default: as it is)")] = None,
+    num_probes: Annotated[int, arg(metavar="N")] = 32,
     num_examples: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: all)")] = None,
+    out: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None,
+    plot: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None,
     data_dir: DataDir = None,
 ) -> None:
-    """Measure H, GN and NME of a trained model: traces and norms.
+    """Measure both halves of a Hessian, of a run or of a model of your own.
 
     Args:
-        directory: a run's directory, .../runs/<id>.
-        num_matvecs: random probes; the error falls with their root.
-        num_examples: how many training examples, from the first on.
-        data_dir: where data files lie.
+        target: DIR/runs/<id>; or module:function or file.py:function of yours that returns (model, loss_fn, data).
+        budget: time it may take: 60s, 5min, 1h.
+        params: names or glob patterns.
+        mode: train or eval.
+        num_probes: random probes.
+        num_examples: first training examples of a run.
+        out: write the report there as JSON.
+        plot: draw it there: .png, .svg or .pdf.
+        data_dir: where data files of a run lie.
     """
-    import torch
-    import torch.nn.functional as F
+    from twofold.curvature.budget import seconds_of
+    from twofold.lab.targets import load_target
 
-    from twofold.lab.data import load
-    from twofold.lab.runs import load_model
-
-    if num_examples is not None and num_examples < 1:
-        raise TwofoldError(f"--num-examples is {num_examples}; expected at least 1.")
-    model, config = load_model(directory)
-    # As the run was trained; more threads than idle cores make a small model many times slower.
-    torch.set_num_threads(config.threads)
-    train_set = load(config.data, _data_dir(data_dir)).train
-    inputs, targets = (tensor[:num_examples] for tensor in train_set)
-    batches = list(zip(inputs.split(1000), targets.split(1000), strict=True))
-    curvature = twofold.Curvature(model, F.cross_entropy, batches, mode="eval")
-    traces, norms = curvature.traces(num_matvecs), curvature.frobenius(num_matvecs)
-
-    table = _table(escape(config.label()), ("",))
-    for name in ("trace", "±", "Frobenius norm", "±"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for matrix, symbol in _SYMBOLS.items():
-        estimates = (traces[matrix], norms[matrix])
-        table.add_row(symbol, *(f"{value:.4g}" for e in estimates for value in (e.value, e.stderr)))
+    seconds_of(budget)
+    if plot is not None and plot.suffix not in (".png", ".svg", ".pdf"):
+        raise TwofoldError(f"--plot is {plot}; expected a name that ends in .png, .svg or .pdf.")
+    for path in (out, plot):
+        if path is not None and not path.parent.is_dir():
+            raise TwofoldError(f"{path} cannot be written: there is no directory {path.parent}.")
+    found = load_target(target, num_examples=num_examples, data_dir=_data_dir(data_dir))
+    options: dict[str, Any] = {"budget": budget, "num_probes": num_probes, **found.options}
+    options |= {"params": params} if params else {}
+    options |= {"mode": mode} if mode else {}
+    with _stages() as progress:
+        result = twofold.measure(found.model, found.loss_fn, found.data, progress=progress, **options)
     console = Console()
-    console.print(table)
-    console.print(
-        f"Cross-entropy over {len(targets)} of {len(train_set.targets)} training examples (labels as trained on), "
-        "model in eval mode, all parameters, float32 without autocast. "
-        f"Hutchinson with {num_matvecs} Rademacher probes, the same for all three; ± is one standard error.",
-        highlight=False,
-    )
+    console.print(escape(found.title), style="bold", soft_wrap=True, highlight=False)
+    console.print(escape(str(result)), soft_wrap=True)
+    if out is not None:
+        result.save(out)
+        print(f"report: {out}")
+    if plot is not None:
+        result.plot().savefig(plot, dpi=150)
+        print(f"figure: {plot}")
 
 
 def data(
@@ -366,6 +367,27 @@ def _lines_of_progress() -> Callable[[int, int, float | None], None]:
             print(f"{done}/{total} runs {_time_left(left)}".rstrip(), file=sys.stderr, flush=True)
 
     return tell
+
+
+@contextmanager
+def _stages() -> Iterator[Callable[[str, float], None]]:
+    """What tells how far a measurement has come: a bar on a terminal, else a line for each stage."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=console, transient=True) as bar:
+            task = bar.add_task("", total=1.0)
+            yield lambda stage, fraction: bar.update(task, completed=fraction, description=f"{stage:<11}")
+        return
+    last = ""
+
+    def tell(stage: str, _: float) -> None:
+        nonlocal last
+        if stage != last:
+            last = stage
+            print(f"measuring: {stage}", file=sys.stderr, flush=True)
+
+    yield tell
 
 
 def _time_left(seconds: float | None) -> str:

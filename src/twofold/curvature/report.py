@@ -343,14 +343,14 @@ def _row(label: str, texts: Sequence[str]) -> str:
 
 
 def _pm(estimate: Estimate) -> str:
-    """Value ± error, both to the first digit of the error, or to four digits of the larger."""
+    """Value ± error, both to the error's first digit (its second where it begins with 1 or 2), four digits at most."""
     value, stderr = estimate.value, 0.0 if math.isnan(estimate.stderr) else estimate.stderr
     largest = max(abs(value), stderr)
     if not math.isfinite(largest) or largest == 0:
         return f"{value:.4g}"
     exponent = math.floor(math.log10(largest))
     shift = 0 if -3 <= exponent < 6 else exponent
-    last = max(math.floor(math.log10(stderr)) if stderr else exponent - 3, exponent - 3) - shift
+    last = max(math.floor(math.log10(stderr / 3)) if stderr else exponent - 3, exponent - 3) - shift
     value, stderr = (round(x / 10.0**shift, -last) for x in (value, stderr))
     text = f"{value:.{max(-last, 0)}f}" + (f" ± {stderr:.{max(-last, 0)}f}" if stderr else "")
     return text if not shift else f"({text})e{shift:+03d}" if stderr else f"{text}e{shift:+03d}"
