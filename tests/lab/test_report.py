@@ -136,6 +136,7 @@ def test_hostile_text_stays_text(on_page, tmp_path):
     table, figure = on_page
     verdict = replace(FIGURE.verdicts(table, SCALE)[0], finding=HOSTILE, rule=HOSTILE, data=HOSTILE)
     named = SimpleNamespace(label=lambda: HOSTILE, to_dict=lambda: {"data": {HOSTILE: HOSTILE}, "seed": HOSTILE})
+    named.data = named.regularizer = SimpleNamespace(name=HOSTILE)
     run = Run(HOSTILE, named, "failed", pd.DataFrame(), {}, tmp_path, HOSTILE)
     (tmp_path / "environment.json").write_text(json.dumps({HOSTILE: HOSTILE, "started": HOSTILE}))
     numbers = figure.numbers.assign(data=HOSTILE, **{HOSTILE: HOSTILE})
@@ -146,7 +147,13 @@ def test_hostile_text_stays_text(on_page, tmp_path):
         command=HOSTILE,
         verdicts=[verdict],
         figures=[
-            replace(figure, numbers=numbers, figure=replace(FIGURE, title=HOSTILE, caption=HOSTILE, differs=(HOSTILE,)))
+            replace(
+                figure,
+                numbers=numbers,
+                runs=[HOSTILE],
+                command=HOSTILE,
+                figure=replace(FIGURE, title=HOSTILE, caption=HOSTILE, differs=(HOSTILE,)),
+            )
         ],
         runs=[run],
     )

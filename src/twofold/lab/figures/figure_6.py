@@ -115,6 +115,11 @@ def draw(table: pd.DataFrame, columns: int = 3) -> matplotlib.figure.Figure:
             low = rows[f"{name}_low"].clip(lower=0.0 if name == "tr GN" else None)  # GN has no negative trace
             panel.fill_between(rows["step"], low, rows[f"{name}_high"], color=colour, alpha=0.15, lw=0)
             panel.plot(rows["step"], rows[name], color=colour, marker=marker, linestyle=dash, label=label)
+            texts = [
+                f"{label}, step {row['step']:g}: {style.with_interval(row, name)}, {style.seeds_of(row)}"
+                for _, row in rows.iterrows()
+            ]
+            style.hover(panel, rows["step"], rows[name], texts)
         panel.axhline(0, color=style.INK, linewidth=1)
         panel.set_yscale("symlog", linthresh=10)
         panel.set_title(f"{name}, {LABELS[activation]}")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,6 +19,9 @@ INK = "#3d444d"
 
 COLOURS = {"gelu": "#2f7ed8", "relu": "#e8702a", "green": "#2a9d6f", "purple": "#8a63d2"}
 """Readable on white and on near-black, and apart for colour-blind eyes; line style and marker say it a second time."""
+
+_TIP = "tip:"
+"""Begins the id of a point with a text, until the SVG is finished."""
 
 _PANEL_INCHES = (3.5, 2.75)
 _LINE_INCHES, _LETTER_INCHES = 0.75, 0.07  # room in a legend for a line's sample and for a letter of its label
@@ -119,10 +123,34 @@ def strength_curves(
         axes.plot(x, y, color=line.colour, linestyle=line.dash, marker=line.marker, label=line.label)
         hollow = line.rows["diverged"] > 0
         axes.plot(x[hollow], y[hollow], color=line.colour, linestyle="", marker=line.marker, markerfacecolor="white")
+        hover(axes, x, y, _texts(line, column, axis))
     axes.set_xticks(range(len(strengths)), [f"{strength:g}" for strength in strengths])
     axes.set_xlim(-0.4, len(strengths) - 0.6)
     axes.set_xlabel(axis)
     _show_means(axes, pd.concat([line.rows for line in lines]), column, within)
+
+
+def hover(axes: Axes, x: Iterable[float], y: Iterable[float], texts: Iterable[str]) -> None:
+    """Let points show a text under the pointer where the figure is an SVG."""
+    for one_x, one_y, text in zip(x, y, texts, strict=True):
+        axes.plot([one_x], [one_y], marker="o", markersize=11, alpha=0, gid=_TIP + text, scalex=False, scaley=False)
+
+
+def _texts(line: Line, column: str, axis: str) -> list[str]:
+    return [
+        f"{line.label}, {axis} {row[axis]:g}: {with_interval(row, column)}, {seeds_of(row)}"
+        for _, row in line.rows.iterrows()
+    ]
+
+
+def with_interval(row: pd.Series, column: str) -> str:
+    """A mean and its interval as text."""
+    return f"{row[column]:.4g} [{row[f'{column}_low']:.4g}, {row[f'{column}_high']:.4g}]"
+
+
+def seeds_of(row: pd.Series) -> str:
+    """How many seeds are behind a point, and how many of them diverged."""
+    return f"{row['seeds']:.0f} seeds" + (f", {row['diverged']:.0f} diverged" if row["diverged"] else "")
 
 
 def _show_means(axes: Axes, rows: pd.DataFrame, column: str, within: tuple[float, float] | None) -> None:
@@ -140,7 +168,8 @@ def _show_means(axes: Axes, rows: pd.DataFrame, column: str, within: tuple[float
 
 def to_svg(figure: Figure) -> bytes:
     """The figure as SVG, without date or program name."""
-    return _saved(figure, "svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    svg = _saved(figure, "svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    return re.sub(rf'<g id="{_TIP}([^"]*)">', r'<g class="tip"><title>\1</title>', svg.decode()).encode()
 
 
 def to_png(figure: Figure) -> bytes:

@@ -37,6 +37,8 @@ class FigureOnPage:
         svg: the drawing with panels side by side.
         narrow_svg: the same with panels below each other, for narrow screens.
         csv: the CSV file.
+        runs: ids of its runs.
+        command: what makes this figure alone.
     """
 
     figure: Figure
@@ -44,6 +46,8 @@ class FigureOnPage:
     svg: str
     narrow_svg: str
     csv: bytes
+    runs: Sequence[str] = ()
+    command: str = ""
 
     @property
     def csv_uri(self) -> str:
@@ -78,6 +82,11 @@ def render_page(
         lstrip_blocks=True,
     )
     common, varied = _configurations(runs)
+    of_id = {run.id: run.config for run in runs}
+    methods = {
+        item.figure.name: sorted({of_id[name].regularizer.name for name in item.runs if name in of_id})
+        for item in figures
+    }
     return environment.get_template("page.html.j2").render(
         version=twofold.__version__,
         scale=scale,
@@ -86,8 +95,10 @@ def render_page(
         counts=Counter(verdict.verdict for verdict in verdicts),
         statuses=Counter(run.status for run in runs),
         verdicts=verdicts,
-        reach=_reach(verdicts),
+        reach={name: _reach([v for v in verdicts if v.figure == name]) for name in {v.figure for v in verdicts}},
         figures=figures,
+        methods=methods,
+        every_method=sorted({run.config.regularizer.name for run in runs}),
         runs=runs,
         common=common,
         varied=varied,

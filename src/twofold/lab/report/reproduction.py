@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,7 +146,7 @@ def write_report(out: Path) -> Report:
         figure = find_figure(name)
         table = load_table(out, ids)
         verdicts += figure.verdicts(table, scale)
-        figures.append(_write_figure(figure, table, out))
+        figures.append(_write_figure(figure, table, out, ids, _command(name, record, out)))
     runs = load_runs(out, list(dict.fromkeys(name for ids in record["figures"].values() for name in ids)))
     _write(out / VERDICTS, _json([verdict.to_dict() for verdict in verdicts]))
     page = render_page(
@@ -155,7 +156,14 @@ def write_report(out: Path) -> Report:
     return Report(verdicts, out / PAGE)
 
 
-def _write_figure(figure: Figure, table: pd.DataFrame, out: Path) -> FigureOnPage:
+def _command(name: str, record: dict[str, Any], out: Path) -> str:
+    """What reproduces one figure alone, from the same runs."""
+    data = record["data"]
+    of_data = "" if tuple(data) == find_scale(record["scale"]).default_data else f" --data {shlex.quote(data[0])}"
+    return f"twofold reproduce {name} --scale {record['scale']}{of_data} --out {shlex.quote(str(out))}"
+
+
+def _write_figure(figure: Figure, table: pd.DataFrame, out: Path, ids: Sequence[str], command: str) -> FigureOnPage:
     numbers = figure.numbers(table)
     with style.applied():
         wide, narrow = figure.draw(table, 3), figure.draw(table, 1)
@@ -164,7 +172,7 @@ def _write_figure(figure: Figure, table: pd.DataFrame, out: Path) -> FigureOnPag
     csv = numbers.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode()
     for ending, content in (("svg", svg), ("png", png), ("csv", csv)):
         _write(out / FIGURES / f"{figure.stem}.{ending}", content)
-    return FigureOnPage(figure, numbers, svg.decode(), narrow_svg.decode(), csv)
+    return FigureOnPage(figure, numbers, svg.decode(), narrow_svg.decode(), csv, ids, command)
 
 
 def _read_record(path: Path) -> dict[str, Any]:
