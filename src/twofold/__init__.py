@@ -24,7 +24,8 @@ from twofold.curvature.norms import frobenius_norm
 from twofold.curvature.operators import NME, ActivationNME, GaussNewton, Hessian
 from twofold.curvature.report import CurvatureReport
 from twofold.curvature.trace import trace
-from twofold.errors import TwofoldError, TwofoldWarning
+from twofold.curvature.track import Tracker, track
+from twofold.errors import NotFiniteError, TwofoldError, TwofoldWarning
 from twofold.regularizers import (
     ASAM,
     GSAM,
@@ -72,9 +73,11 @@ __all__ = [
     "HessianTrace",
     "InnerProduct",
     "LookSAM",
+    "NotFiniteError",
     "Regularizer",
     "SharpnessAware",
     "SpectralDensity",
+    "Tracker",
     "TwofoldError",
     "TwofoldWarning",
     "WeightNoise",
@@ -92,4 +95,5 @@ __all__ = [
     "second_derivative",
     "spectral_density",
     "trace",
+    "track",
 ]

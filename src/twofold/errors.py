@@ -8,6 +8,10 @@ class TwofoldError(ValueError):
     """Something that twofold was given cannot be used as it is; the message says what to do."""
 
 
+class NotFiniteError(TwofoldError):
+    """The loss or a product is NaN or infinite: curvature is not defined here."""
+
+
 class TwofoldWarning(UserWarning):
     """The result is right, but it may not mean what the caller hopes."""
 

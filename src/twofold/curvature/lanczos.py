@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from twofold.curvature.probes import generator_for, product_of, vectors_of
-from twofold.errors import TwofoldError
+from twofold.errors import NotFiniteError, TwofoldError
 
 _CHUNK = 1 << 16
 
@@ -207,7 +207,7 @@ def finite_product(operator: Any, vectors: Float[Tensor, "K P"]) -> Float[Tensor
         )
     product = product.reshape(1, -1) if len(vectors) == 1 else product.T.contiguous()
     if not torch.isfinite(product).all():
-        raise TwofoldError(
+        raise NotFiniteError(
             f"{type(operator).__name__} @ v is not finite for a finite v: it holds NaN or infinity, or overflows "
             f"{vectors.dtype}. Look for diverged parameters or NaN in the data, or measure in float64."
         )

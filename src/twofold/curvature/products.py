@@ -24,7 +24,7 @@ from twofold.curvature.freshness import Snapshot
 from twofold.curvature.kinds import recorded_apart
 from twofold.curvature.losses import Loss, as_loss
 from twofold.curvature.recording import Recording, check_reached, saved_bytes
-from twofold.errors import EMPTY_DATA, NOT_FINITE, TwofoldError
+from twofold.errors import EMPTY_DATA, NOT_FINITE, NotFiniteError, TwofoldError
 from twofold.parameters import ParameterLayout, select_parameters
 from twofold.types import Forward, LossFn, Matrix, Mode, Params, Weight
 
@@ -229,8 +229,9 @@ class Products:
         return self._num_terms if self.loss.averages else None
 
     def forget(self) -> None:
-        """Drop the recordings kept, to free their memory; they are made anew when next asked for."""
+        """Drop the recordings kept and what they are checked against, to free memory; products make them anew."""
         self._kept.clear()
+        self._snapshot = None
 
     def _average_in(self, average: Tensor, part: Tensor, count: float, total: float) -> None:
         if self.loss.averages:
@@ -305,7 +306,7 @@ class Products:
             recorded = (outputs, targets, self.loss, aliases, around)
             recording = Dissection(held, *recorded) if kinds else Recording(*recorded)
         if at is None and recording.count > 0 and not torch.isfinite(recording.value):
-            raise TwofoldError(NOT_FINITE.format(what="loss", came=recording.value.item(), where=f" (batch {index})"))
+            raise NotFiniteError(NOT_FINITE.format(what="loss", came=recording.value.item(), where=f" (batch {index})"))
         return recording
 
     def _recomputing(self, aliases: dict[str, Tensor]) -> Callable[[], AbstractContextManager[None]]:
