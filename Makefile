@@ -22,6 +22,9 @@ reproduce: $(READY)  ## the quick reproduction: verdict table, figures, HTML pag
 test: $(READY)  ## the whole test suite
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup
 
+docs: $(READY)  ## the documentation site, in docs/_build/html
+	$(BIN)/python -m sphinx -W --keep-going -q -E -b html docs docs/_build/html
+
 check: $(READY)  ## lint, format, types, layers
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/pyrefly check
@@ -30,4 +33,4 @@ check: $(READY)  ## lint, format, types, layers
 clean:  ## remove .venv and what the tools left
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 
-.PHONY: help setup reproduce test check clean
+.PHONY: help setup reproduce test docs check clean

@@ -1,4 +1,4 @@
-"""Every example that a reader can copy runs: docstrings and the README's Python blocks."""
+"""Every example that a reader can copy runs: docstrings, and the Python blocks of the README and the docs."""
 
 import doctest
 import importlib
@@ -14,7 +14,12 @@ import twofold
 
 ROOT = Path(__file__).parent.parent
 MODULES = [name for _, name, _ in pkgutil.walk_packages(twofold.__path__, "twofold.")]
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCKS = {
+    f"{page.stem.lower()}-{i}": block
+    for page in PAGES
+    for i, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
+}
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -28,11 +33,16 @@ def test_docstring_examples(name):
         assert result.failed == 0, f"{test.name} has an example that does not do what it says"
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=[block.strip().splitlines()[0][:50] for block in BLOCKS])
-def test_readme_blocks(block, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks_of_pages(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    exec(compile(block, "README.md", "exec"), {})
+    exec(compile(BLOCKS[name], name, "exec"), {})
 
 
 def test_the_readme_has_examples():
-    assert len(BLOCKS) >= 3
+    assert sum(name.startswith("readme") for name in BLOCKS) >= 3
+
+
+def test_the_api_page_lists_every_public_name():
+    listed = re.findall(r"^\.\. auto(?:class|function):: (\w+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(twofold.__all__)

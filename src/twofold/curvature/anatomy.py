@@ -163,8 +163,7 @@ def anatomy(
 
         loss            GN, the curvature of the loss
         activation      elementwise nonlinearities: what carries phi''
-        product         linear layers, convolutions, matmul (q k' and attention times values too), gates, elementwise
-                        products: the interaction of weights with what they multiply
+        product         linear layers, convolutions, matmul (attention's too), gates: weights with what they multiply
         normalisation   layer, batch, group, instance and RMS norm, weight norm
         attention       softmax
         other           all else: divisions, powers, recurrent kernels (LSTM, GRU, RNN), functions of one's own
