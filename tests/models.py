@@ -137,6 +137,84 @@ class Residual(nn.Module):
         return self.head(self.down(h).mean((2, 3)))
 
 
+class ResidualConv(nn.Module):
+    """A residual block with BatchNorm, as ResNets have it."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(1, 2, 3, padding=1, bias=False), nn.Linear(2, 3)
+        self.conv1, self.norm1 = nn.Conv2d(2, 2, 3, padding=1, bias=False), nn.BatchNorm2d(2)
+        self.conv2, self.norm2 = nn.Conv2d(2, 2, 1, bias=False), nn.BatchNorm2d(2)
+
+    def forward(self, x):
+        x = self.stem(x)
+        h = F.relu(self.norm1(self.conv1(x)))
+        return self.head(F.relu(x + self.norm2(self.conv2(h))).mean((2, 3)))
+
+
+class Mixer(nn.Module):
+    """An MLP over tokens and one over channels, each with LayerNorm and a skip."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm1, self.tokens = nn.LayerNorm(3), mlp(4, 3, 4)
+        self.norm2, self.channels, self.head = nn.LayerNorm(3), mlp(3, 4, 3), nn.Linear(3, 3)
+
+    def forward(self, x):
+        x = x + self.tokens(self.norm1(x).mT).mT
+        x = x + self.channels(self.norm2(x))
+        return self.head(x.mean(1))
+
+
+class VisionTransformer(nn.Module):
+    """Patches by a strided convolution, a class token, positions, one block with MultiheadAttention."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(1, 4, 2, stride=2)
+        self.cls, self.positions = nn.Parameter(torch.randn(1, 1, 4)), nn.Parameter(torch.randn(1, 5, 4))
+        self.norm1, self.attention = nn.LayerNorm(4), nn.MultiheadAttention(4, 2, batch_first=True)
+        self.norm2, self.mlp, self.head = nn.LayerNorm(4), mlp(4, 3, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = self.patches(x).flatten(2).mT
+        x = torch.cat([self.cls.expand(len(x), -1, -1), x], 1) + self.positions
+        h = self.norm1(x)
+        x = x + self.attention(h, h, h, need_weights=False)[0]
+        return self.head((x + self.mlp(self.norm2(x)))[:, 0])
+
+
+class GPT(nn.Module):
+    """Causal attention over tokens and positions; the head is tied to the embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(5, 4), nn.Embedding(3, 4)
+        self.norm1, self.qkv, self.out = nn.LayerNorm(4), nn.Linear(4, 12), nn.Linear(4, 4)
+        self.norm2, self.mlp = nn.LayerNorm(4), mlp(4, 3, 4)
+        self.head = nn.Linear(4, 5, bias=False)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, tokens):
+        x = self.tokens(tokens) + self.positions(torch.arange(tokens.shape[1]))
+        q, k, v = self.qkv(self.norm1(x)).view(*x.shape[:2], 3, 2, 2).permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(x.shape)
+        x = x + self.out(y)
+        return self.head(x + self.mlp(self.norm2(x))).flatten(0, 1)
+
+
+class Gated(nn.Module):
+    """GLU and a SwiGLU written out."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.gate, self.up, self.head = nn.Linear(4, 6), nn.Linear(3, 4), nn.Linear(3, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        h = F.glu(self.a(x))
+        return self.head(F.silu(self.gate(h)) * self.up(h))
+
+
 class Convolutions(nn.Module):
     """Every argument that a convolution has, in one, two and three dimensions."""
 
@@ -167,9 +245,9 @@ def conv_batchnorm():
     )
 
 
-def batchnorm_eval():
-    case = classification(conv_batchnorm(), (1, 2, 2))
-    case.model(torch.randn(20, 1, 2, 2))
+def batchnorm_eval(model, size):
+    case = classification(model, (1, size, size))
+    case.model(torch.randn(20, 1, size, size))
     case.model.eval()
     return case
 
@@ -238,7 +316,13 @@ CASES: dict[str, Callable[[], Case]] = {
     "ragged": lambda: classification(mlp(4, 5, 3), sizes=(7, 3)),
     "linear": lambda: classification(nn.Linear(4, 3)),
     "conv BatchNorm train": lambda: classification(conv_batchnorm(), (1, 2, 2), sizes=(7, 3)),
-    "conv BatchNorm eval": batchnorm_eval,
+    "conv BatchNorm eval": lambda: batchnorm_eval(conv_batchnorm(), 2),
+    "ResNet train": lambda: classification(ResidualConv(), (1, 3, 3), sizes=(7, 3)),
+    "ResNet eval": lambda: batchnorm_eval(ResidualConv(), 3),
+    "mixer": lambda: classification(Mixer(), (4, 3), n=4, sizes=(4,)),
+    "ViT": lambda: classification(VisionTransformer(), (1, 4, 4), n=4, sizes=(4,)),
+    "GPT": lambda: Case(GPT(), F.cross_entropy, [(torch.randint(5, (3, 3)), torch.randint(5, (9,)))], [9.0]),
+    "gated": lambda: classification(Gated()),
     "LayerNorm and attention": lambda: classification(Attention(), (3, 4), n=4, sizes=(4,)),
     "TransformerEncoderLayer": lambda: classification(EncoderLayer(), (3, 4), n=4, sizes=(4,)),
     "TransformerEncoderLayer eval": lambda: classification(EncoderLayer().eval(), (3, 4), n=4, sizes=(4,)),

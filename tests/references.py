@@ -19,8 +19,8 @@ class Dense:
         return self.hessian - self.gauss_newton
 
 
-def dense(model, loss_fn, batches, counts=None, *, forward=None, params=None):
-    """Average the dense matrices of each batch with weights `counts` (None: plain sum)."""
+def as_function(model, *, forward=None, params=None):
+    """Return (theta, f) with f(theta, batch) -> (outputs, targets), a function of the chosen parameters as a vector."""
     chosen = {
         n: p.detach() for n, p in model.named_parameters() if (p.requires_grad if params is None else n in params)
     }
@@ -51,17 +51,28 @@ def dense(model, loss_fn, batches, counts=None, *, forward=None, params=None):
             return functional_call(call, named, (batch,))
 
     call = Call()
+    return theta, outputs
+
+
+def dense(model, loss_fn, batches, counts=None, *, forward=None, params=None):
+    """Average the dense matrices of each batch with weights `counts` (None: plain sum)."""
+    theta, outputs = as_function(model, forward=forward, params=params)
     total = torch.zeros(2, theta.numel(), theta.numel(), dtype=theta.dtype)
     for batch, count in zip(batches, counts or [1.0] * len(batches), strict=True):
         z, y = outputs(theta, batch)
         z = z.detach()
         full = torch.autograd.functional.hessian(lambda v, b=batch, t=y: loss_fn(outputs(v, b)[0], t), theta)
-        J = torch.autograd.functional.jacobian(lambda v, b=batch: outputs(v, b)[0].reshape(-1), theta)
+        J = jacobian_of(outputs, theta, batch)
         H_z = hessian(lambda q, s=z.shape, t=y: loss_fn(q.view(s), t))(z.reshape(-1))
         total += count * torch.stack([full, J.T @ H_z @ J])
     if counts is not None:
         total /= sum(counts)
     return Dense(*total)
+
+
+def jacobian_of(outputs, theta, batch):
+    """dz/dtheta of one batch, [outputs, P]."""
+    return torch.autograd.functional.jacobian(lambda v: outputs(v, batch)[0].reshape(-1), theta)
 
 
 def weight_norm(v, g, dim=0):

@@ -18,6 +18,8 @@ from twofold.curvature.density import spectral_density
 from twofold.curvature.diagonal import diagonal
 from twofold.curvature.eigen import eigsh
 from twofold.curvature.fidelity import Fidelity, fidelity
+from twofold.curvature.fisher import Fisher
+from twofold.curvature.jacobian import Jacobian
 from twofold.curvature.liveness import live_fraction
 from twofold.curvature.measure import measure
 from twofold.curvature.norms import frobenius_norm
@@ -65,6 +67,7 @@ __all__ = [
     "Eigenpairs",
     "Estimate",
     "Fidelity",
+    "Fisher",
     "FriendlySAM",
     "GaussNewton",
     "GaussNewtonTrace",
@@ -72,6 +75,7 @@ __all__ = [
     "Hessian",
     "HessianTrace",
     "InnerProduct",
+    "Jacobian",
     "LookSAM",
     "NotFiniteError",
     "Regularizer",

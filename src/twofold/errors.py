@@ -47,9 +47,9 @@ NO_DOUBLE_BACKWARD = """\
 The original error was: {error}"""
 
 FSDP = """\
-{came} is sharded (FSDP): its parameters are not whole on any rank, and no Hessian-vector product can be taken through
-it. Measure an unsharded copy: build the model without FSDP and load a full state dict into it, on one device or under
-DDP."""
+{came} is sharded (FSDP or tensor parallel): its parameters are not whole on any rank, and no Hessian-vector product
+can be taken through it. Measure an unsharded copy: build the model without sharding and load a full state dict into it,
+on one device or under DDP."""
 
 SCRIPTED = """\
 {came} is a torch.jit module: its graph cannot be differentiated twice here. Pass the plain nn.Module that it was made

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -171,26 +172,42 @@ class ParameterLayout:
         """
         if isinstance(vectors, Mapping):
             vectors = self.from_dict(vectors)
-        if not isinstance(vectors, Tensor):
-            array = " Pass torch.from_numpy(v), or use operator.to_scipy()." if hasattr(vectors, "__array__") else ""
-            raise TwofoldError(
-                f"v is {describe(vectors)}; expected a tensor [{self.size}] or [{self.size}, K], or named tensors."
-                f"{array}"
-            )
-        if vectors.dim() not in (1, 2) or vectors.shape[0] != self.size:
-            raise TwofoldError(
-                f"v has shape {tuple(vectors.shape)}; expected [{self.size}] or [{self.size}, K], or named tensors."
-            )
-        vectors = self._checked(vectors)
-        # A finite norm proves finite entries and is much cheaper to take; a norm may also overflow.
-        if not torch.isfinite(torch.linalg.vector_norm(vectors)) and not torch.isfinite(vectors).all():
-            raise TwofoldError("v has entries that are NaN or infinite.")
-        return vectors if vectors.dim() == 2 else vectors.unsqueeze(1)
+        return check_columns(vectors, self.size, self.dtype, self.device, others=", or named tensors")
 
     def _checked(self, vector: Tensor) -> Tensor:
-        if not vector.is_floating_point() or torch.promote_types(vector.dtype, self.dtype) != self.dtype:
-            raise TwofoldError(f"v is {vector.dtype}; the parameters are {self.dtype}. Pass v.to({self.dtype}).")
-        return vector.detach().to(self.device, self.dtype)
+        return _in_precision(vector, "v", self.dtype, self.device)
+
+
+def check_columns(
+    vectors: Any, size: int, dtype: torch.dtype, device: torch.device, *, name: str = "v", others: str = ""
+) -> Float[Tensor, "n K"]:
+    """Check vectors [size] or [size, K] and return them as columns, in this dtype and on this device.
+
+    Args:
+        vectors: what came.
+        size: n, the number of entries.
+        dtype: the vectors' dtype is this one, or narrower.
+        device: where they go.
+        name: what errors call them.
+        others: which other forms are taken, for errors.
+    """
+    expected = f"[{size}] or [{size}, K]{others}."
+    if not isinstance(vectors, Tensor):
+        array = " Pass torch.from_numpy(v), or use operator.to_scipy()." if hasattr(vectors, "__array__") else ""
+        raise TwofoldError(f"{name} is {describe(vectors)}; expected a tensor {expected}{array}")
+    if vectors.dim() not in (1, 2) or vectors.shape[0] != size:
+        raise TwofoldError(f"{name} has shape {tuple(vectors.shape)}; expected {expected}")
+    vectors = _in_precision(vectors, name, dtype, device)
+    # A finite norm proves finite entries and is much cheaper to take; a norm may also overflow.
+    if not torch.isfinite(torch.linalg.vector_norm(vectors)) and not torch.isfinite(vectors).all():
+        raise TwofoldError(f"{name} has entries that are NaN or infinite.")
+    return vectors if vectors.dim() == 2 else vectors.unsqueeze(1)
+
+
+def _in_precision(vector: Tensor, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if not vector.is_floating_point() or torch.promote_types(vector.dtype, dtype) != dtype:
+        raise TwofoldError(f"{name} is {vector.dtype}; the parameters are {dtype}. Pass {name}.to({dtype}).")
+    return vector.detach().to(device, dtype)
 
 
 def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Float[Tensor, ""]:

@@ -6,8 +6,12 @@ import random
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import twofold
 from models import CASES, Recurrent, WeightNorm, classification, conv_batchnorm
@@ -234,13 +238,31 @@ def test_operations_without_a_second_derivative_are_refused_by_name(model, token
     assert same(before, fingerprint(net))
 
 
-def test_fsdp_and_scripted_models_are_refused():
-    class FullyShardedDataParallel(nn.Linear):
-        pass
+@pytest.fixture
+def one_rank():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
 
+
+SHARDED = {
+    "FullyShardedDataParallel": lambda model, mesh: FullyShardedDataParallel(model, device_id=torch.device("cpu")),
+    "FSDPSequential": lambda model, mesh: fully_shard(model, mesh=mesh),
+    "FSDPLinear": lambda model, mesh: nn.Sequential(fully_shard(model[0], mesh=mesh), model[1]),
+    "Linear": lambda model, mesh: parallelize_module(model, mesh, {"0": ColwiseParallel()}),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", SHARDED)
+def test_sharded_models_are_refused_by_name(one_rank, name):
+    model = SHARDED[name](nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3)), one_rank)
+    with pytest.raises(TwofoldError, match=f"^{name} is sharded(.|\n)*unsharded copy"):
+        twofold.Hessian(model, F.cross_entropy, (torch.randn(2, 4), torch.randint(3, (2,))))
+
+
+def test_scripted_models_are_refused():
     batch = (torch.randn(2, 4), torch.randint(3, (2,)))
-    with pytest.raises(TwofoldError, match="unsharded"):
-        twofold.Hessian(FullyShardedDataParallel(4, 3), F.cross_entropy, batch)
     with pytest.raises(TwofoldError, match=r"torch\.jit"):
         twofold.Hessian(torch.jit.script(nn.Linear(4, 3)), F.cross_entropy, batch)
 

@@ -56,6 +56,9 @@ class _Operations(SymmetricOperator):
     def _block(self, names: Sequence[str]) -> SymmetricOperator:
         return _Operations(self._products.of(names), self._group, self._wanted)
 
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        return self._products.present_parameters()
+
 
 class Part(_Operations):
     """What some of the operations add to the Hessian, as an operator [P, P] with its figures.

@@ -9,6 +9,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from twofold.curvature.blocks import Blocks, Partition
+from twofold.curvature.fisher import Fisher, FisherKind
+from twofold.curvature.jacobian import Jacobian
 from twofold.curvature.operators import NME, ActivationNME, GaussNewton, Hessian, rows_of, same_kind
 from twofold.curvature.probes import check_count, cosine_of, rademacher, root_of, summarise
 from twofold.curvature.products import Products
@@ -89,6 +91,17 @@ class Curvature:
     def activation_nme(self) -> ActivationNME:
         """The part of the NME that carries phi'', the activations' second derivatives."""
         return ActivationNME.of(self._products)
+
+    @cached_property
+    def jacobian(self) -> Jacobian:
+        """J [M, P] of all M outputs in the parameters; made by reading the data once."""
+        return Jacobian.of(self._products)
+
+    def fisher(
+        self, kind: FisherKind = "mc", num_samples: int = 1, *, generator: torch.Generator | None = None
+    ) -> Fisher:
+        """Return the Fisher matrix with sampled labels ("mc"), or with the data's own ("empirical"); see `Fisher`."""
+        return Fisher.of(self._products, kind, num_samples, generator)
 
     def products(self, vectors: Vectors, parts: Sequence[Matrix] = HALVES) -> tuple[Any, ...]:
         """Return the named matrices times v, sharing passes: H, GN and NME together cost 8/3 of a gradient.

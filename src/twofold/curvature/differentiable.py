@@ -29,7 +29,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     """Return the plain module inside compiled and data-parallel wrappers.
 
     Raises:
-        TwofoldError: for what cannot be unwrapped (FSDP, torch.jit) or is no module.
+        TwofoldError: for what cannot be unwrapped (FSDP, tensor parallel, torch.jit) or is no module.
     """
     while True:
         if not isinstance(model, nn.Module):
@@ -44,7 +44,8 @@ def unwrap(model: nn.Module) -> nn.Module:
         else:
             break
     for module in model.modules():
-        if any(base.__name__ in ("FullyShardedDataParallel", "FSDPModule") for base in type(module).__mro__):
+        wrapped = any(base.__name__ in ("FullyShardedDataParallel", "FSDPModule") for base in type(module).__mro__)
+        if wrapped or any(type(parameter).__name__ == "DTensor" for parameter in module.parameters(recurse=False)):
             raise TwofoldError(FSDP.format(came=type(module).__name__))
         if isinstance(module, torch.jit.ScriptModule):
             raise TwofoldError(SCRIPTED.format(came=type(module).__name__))

@@ -100,6 +100,27 @@ class Loss:
 
         return product
 
+    def term_weights(self, outputs: Any, targets: Any) -> list[Tensor]:
+        """Return w_n of l = sum_n w_n l_n, for each differentiable tensor of the outputs; shapes broadcast to theirs.
+
+        The terms of any callable are the rows of the outputs' first dimension.
+        """
+        leaves = [leaf for leaf in tree_flatten(outputs)[0] if is_differentiable(leaf)]
+        rows = {leaf.shape[0] if leaf.dim() else 1 for leaf in leaves}
+        if len(rows) > 1:
+            raise TwofoldError(
+                f"{describe_loss(self.loss_fn)} counts a term for each row of the outputs, and these have "
+                f"{' and '.join(map(str, sorted(rows)))} rows: {describe(outputs)}."
+            )
+        weight = 1 / rows.pop() if self.averages else 1.0
+        return [torch.full((), weight, dtype=_wide(leaf), device=leaf.device) for leaf in leaves]
+
+    def within_terms(self, entries: Sequence[Tensor]) -> list[Tensor]:
+        """Sum over the entries of each term, in shapes that broadcast to those of the outputs."""
+        sums = [one.reshape(len(one), -1).sum(1) if one.dim() else one for one in entries]
+        total = torch.stack([one.to(sums[0]) for one in sums]).sum(0)
+        return [total.to(one).view(-1, *[1] * (one.dim() - 1)) if one.dim() else total.to(one) for one in entries]
+
     def residual(self, outputs: Tensor, targets: Any, kind: Residual, generator: torch.Generator | None) -> Tensor:
         """Draw r with covariance H_z, so that E ||J' r||^2 = tr GN.
 
@@ -115,7 +136,8 @@ class Loss:
         """
         raise TwofoldError(
             f"No predictive distribution is known for {describe_loss(self.loss_fn)}: no labels can be drawn from it. "
-            "Use cross-entropy, BCE-with-logits or MSE from torch, or estimator='hutchinson'."
+            "Use cross-entropy, BCE-with-logits or MSE from torch, or what needs no labels: estimator='hutchinson' for "
+            "a penalty, kind='empirical' for the Fisher matrix."
         )
 
 
@@ -159,6 +181,14 @@ class CrossEntropy(Loss):
             total = total.unsqueeze(dim)
         return total / self._denominator(outputs, targets) if self.averages else total
 
+    def term_weights(self, outputs: Tensor, targets: Tensor) -> list[Tensor]:
+        """Return S_n: a term is what shares one softmax."""
+        return [self._scale(outputs, targets)]
+
+    def within_terms(self, entries: Sequence[Tensor]) -> list[Tensor]:
+        """Sum over the classes."""
+        return [one.sum(_class_dim(one), keepdim=True) for one in entries]
+
     def output_hessian(self, outputs: Tensor, targets: Tensor) -> OutputProduct:
         """Return t -> S (p t - p <p, t>)."""
         dim = _class_dim(outputs)
@@ -199,6 +229,17 @@ class Elementwise(Loss):
     def _terms(self, outputs: Tensor, targets: Tensor) -> float:
         return _entries(outputs, targets)
 
+    def term_weights(self, outputs: Tensor, targets: Tensor) -> list[Tensor]:
+        """Return the weight of every entry, each a term."""
+        _refuse_broadcast(self.loss_fn, outputs, targets)
+        weights = self._options.get("weight")
+        ones = torch.ones((), dtype=_wide(outputs), device=outputs.device)
+        return [torch.as_tensor(self._per_entry(ones if weights is None else weights.to(ones), outputs, targets))]
+
+    def within_terms(self, entries: Sequence[Tensor]) -> list[Tensor]:
+        """Return the entries."""
+        return list(entries)
+
     def _per_entry(self, weights: Tensor | float, outputs: Tensor, targets: Tensor) -> Tensor | float:
         return weights / self._terms(outputs, targets) if self.averages else weights
 
@@ -213,6 +254,10 @@ class BCEWithLogits(Elementwise):
         weights = self._options.get("weight")
         scale = scale if weights is None else scale * weights.to(y)
         return torch.as_tensor(self._per_entry(scale, outputs, targets))
+
+    def term_weights(self, outputs: Tensor, targets: Tensor) -> list[Tensor]:
+        """Return s: the weight of an entry, pos_weight among it."""
+        return [self._scale(outputs, targets)]
 
     def output_hessian(self, outputs: Tensor, targets: Tensor) -> OutputProduct:
         """Return t -> s sigma (1 - sigma) t."""
@@ -238,11 +283,7 @@ class MSE(Elementwise):
         return super()._terms(outputs, targets) if weights is None else float(weights.sum())
 
     def _scale(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        if torch.broadcast_shapes(outputs.shape, targets.shape) != outputs.shape:
-            raise TwofoldError(
-                f"mse_loss broadcasts outputs {tuple(outputs.shape)} against targets {tuple(targets.shape)}, which is "
-                "hardly meant: reshape the targets to the outputs' shape."
-            )
+        _refuse_broadcast(self.loss_fn, outputs, targets)
         weights = self._options.get("weight")
         ones = torch.ones((), dtype=_wide(outputs), device=outputs.device)
         scale = 2 * (ones if weights is None else weights.to(ones))
@@ -259,24 +300,53 @@ class MSE(Elementwise):
 
 
 class _Counted(Loss):
-    """One of torch's other losses: differentiated like any callable, counted by its own rule."""
+    """One of torch's other losses: differentiated like any callable, its terms those of another loss."""
 
     tensors_only = True
 
-    def __init__(self, loss_fn: LossFn, weight: Weight | None, *, averages: bool, terms: Weight) -> None:
+    def __init__(self, loss_fn: LossFn, weight: Weight | None, *, averages: bool, like: Loss) -> None:
         super().__init__(loss_fn, weight, averages=averages)
-        self._rule = terms
+        self._like = like
 
     def _terms(self, outputs: Any, targets: Any) -> float:
-        return self._rule(outputs, targets)
+        return self._like._terms(outputs, targets)
+
+    def term_weights(self, outputs: Tensor, targets: Any) -> list[Tensor]:
+        """Return the weights of the terms."""
+        return self._like.term_weights(outputs, targets)
+
+    def within_terms(self, entries: Sequence[Tensor]) -> list[Tensor]:
+        """Sum over the entries of each term."""
+        return self._like.within_terms(entries)
+
+
+class _Rows(Loss):
+    """One term for each row; a vector of outputs is one row."""
+
+    def _terms(self, outputs: Tensor, targets: Any) -> float:
+        return float(outputs.shape[0]) if outputs.dim() > 1 else 1.0
+
+    def term_weights(self, outputs: Tensor, targets: Any) -> list[Tensor]:
+        """Return the weight of a row."""
+        return super().term_weights(outputs if outputs.dim() > 1 else outputs.unsqueeze(0), targets)
+
+    def within_terms(self, entries: Sequence[Tensor]) -> list[Tensor]:
+        """Sum over the columns."""
+        return [
+            one.flatten(1).sum(1).view(-1, *[1] * (one.dim() - 1)) if one.dim() > 1 else one.sum() for one in entries
+        ]
+
+
+def _refuse_broadcast(loss_fn: LossFn, outputs: Tensor, targets: Tensor) -> None:
+    if torch.broadcast_shapes(outputs.shape, targets.shape) != outputs.shape:
+        raise TwofoldError(
+            f"{describe_loss(loss_fn)} broadcasts outputs {tuple(outputs.shape)} against targets "
+            f"{tuple(targets.shape)}, which is hardly meant: reshape the targets to the outputs' shape."
+        )
 
 
 def _entries(outputs: Tensor, targets: Tensor) -> float:
     return float(torch.broadcast_shapes(outputs.shape, targets.shape).numel())
-
-
-def _rows(outputs: Tensor, targets: Tensor) -> float:
-    return float(outputs.shape[0]) if outputs.dim() > 1 else 1.0
 
 
 _MODULES: dict[type[nn.Module], Callable[..., Tensor]] = {
@@ -300,14 +370,6 @@ _CLOSED_FORMS = {
     F.cross_entropy: CrossEntropy,
     F.binary_cross_entropy_with_logits: BCEWithLogits,
     F.mse_loss: MSE,
-}
-_BY_ENTRY = {
-    F.smooth_l1_loss,
-    F.huber_loss,
-    F.binary_cross_entropy,
-    F.poisson_nll_loss,
-    F.soft_margin_loss,
-    F.hinge_embedding_loss,
 }
 _BY_ROW = {F.multi_margin_loss, F.multilabel_margin_loss, F.multilabel_soft_margin_loss}
 
@@ -337,19 +399,20 @@ def as_loss(loss_fn: LossFn | Loss, weight: Weight | None = None) -> Loss:
     averages = reduction != "sum"
     if functional in _CLOSED_FORMS:
         return _CLOSED_FORMS[functional](loss_fn, weight, averages=averages, options=options)
-    return _Counted(loss_fn, weight, averages=averages, terms=_terms_rule(functional, reduction, options))
+    return _Counted(loss_fn, weight, averages=averages, like=_same_terms(functional, averages, reduction, options))
 
 
-def _terms_rule(functional: Callable[..., Tensor], reduction: str, options: dict[str, Any]) -> Weight:
+def _same_terms(functional: Callable[..., Tensor], averages: bool, reduction: str, options: dict[str, Any]) -> Loss:
+    """A loss with the same terms."""
     if functional is F.nll_loss:
-        return CrossEntropy(functional, None, averages=True, options=options)._terms
+        return CrossEntropy(functional, None, averages=averages, options=options)
     if functional is F.l1_loss:
-        return MSE(functional, None, averages=True, options=options)._terms
+        return MSE(functional, None, averages=averages, options=options)
     if reduction == "batchmean":
-        return lambda outputs, targets: float(outputs.shape[0])
+        return Loss(functional, averages=averages)
     if functional in _BY_ROW:
-        return _rows
-    return _entries
+        return _Rows(functional, averages=averages)
+    return Elementwise(functional, None, averages=averages, options=options)
 
 
 def _resolve(loss_fn: Any) -> tuple[Callable[..., Tensor] | None, dict[str, Any]]:

@@ -1,35 +1,31 @@
 """The curvature matrices as linear operators over data, with SciPy's words: shape, matvec, @, T, to_dense, to_scipy."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, Self, overload
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from twofold.curvature.linear_operator import LinearOperator
+from twofold.curvature.preconditioning import preconditioner
 from twofold.curvature.products import Products
 from twofold.errors import TwofoldError
 from twofold.parameters import ParameterLayout
 from twofold.types import Forward, LossFn, Matrix, Mode, Params, Vectors, Weight
 
 
-class SymmetricOperator(ABC):
-    """A symmetric matrix [P, P] known by its products; sums and multiples of such are operators too.
+class SymmetricOperator(LinearOperator):
+    """A symmetric matrix [P, P] over parameters; sums, multiples and diagonal blocks of such are operators too.
 
     Attributes:
-        shape: (P, P).
-        dtype: the vectors' dtype.
-        device: where the vectors live.
         layout: where each named parameter lies in a vector.
     """
 
     def __init__(self, layout: ParameterLayout) -> None:
+        super().__init__((layout.size, layout.size), layout.dtype, layout.device)
         self.layout = layout
-        self.shape = (layout.size, layout.size)
-        self.dtype = layout.dtype
-        self.device = layout.device
 
     @abstractmethod
     def _rows(self, rows: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:
@@ -61,17 +57,41 @@ class SymmetricOperator(ABC):
         """
         return self._block(self.layout.choose(params))
 
-    def matvec(self, vector: Tensor) -> Float[Tensor, "P"]:
-        """Return the matrix times v [P]."""
-        if vector.dim() != 1:
-            raise TwofoldError(f"matvec takes a vector [{self.shape[0]}]; one of shape {tuple(vector.shape)} came.")
-        return self @ vector
+    @abstractmethod
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that the layout names, as they are now."""
 
-    def matmat(self, vectors: Tensor) -> Float[Tensor, "P K"]:
-        """Return the matrix times v [P, K]."""
-        if vectors.dim() != 2:
-            raise TwofoldError(f"matmat takes vectors [{self.shape[0]}, K]; shape {tuple(vectors.shape)} came.")
-        return self @ vectors
+    def preconditioned(self, by: torch.optim.Optimizer | Vectors) -> "Preconditioned":
+        """Return P^-1/2 A P^-1/2 for a positive diagonal P: the curvature as an optimiser sees that divides by P.
+
+        Its eigenvalues are those of P^-1 A; gradient steps of size eta divided by P are stable while eta times the
+        largest is below 2. An eigenvector u stands for the direction P^-1/2 u of the parameters.
+
+        Args:
+            by: a torch optimiser after its first step: Adam, AdamW, NAdam, RMSprop, Adagrad or Adamax, P being what it
+                divides by at this moment, bias correction, amsgrad and eps included; its parameters are matched by
+                identity. Or P itself, as a vector [P] or by names.
+
+        Raises:
+            TwofoldError: another optimiser, a parameter that it does not hold or has not stepped, P not positive.
+
+        Example:
+            >>> model, batch = nn.Linear(3, 2), (torch.randn(8, 3), torch.randn(8, 2))
+            >>> optimizer = torch.optim.Adam(model.parameters())
+            >>> nn.functional.mse_loss(model(batch[0]), batch[1]).backward()
+            >>> _ = optimizer.step()
+            >>> hessian = twofold.Hessian(model, nn.MSELoss(), batch)
+            >>> sharpness = twofold.eigsh(hessian.preconditioned(optimizer), k=1).values
+
+        Source: Cohen et al. 2022, 2207.14484.
+        """
+        if isinstance(by, torch.optim.Optimizer):
+            by = preconditioner(by, self._parameters())
+        diagonal = rows_of(self.layout, by)
+        if len(diagonal) != 1 or not (diagonal > 0).all():
+            came = f"{len(diagonal)} vectors" if len(diagonal) != 1 else f"a smallest entry of {diagonal.min().item()}"
+            raise TwofoldError(f"A preconditioner is one vector [{self.shape[0]}] of positive entries; {came} came.")
+        return Preconditioned(self, diagonal[0].rsqrt())
 
     @overload
     def __matmul__(self, vectors: Tensor) -> Tensor: ...
@@ -85,12 +105,6 @@ class SymmetricOperator(ABC):
         """
         return same_kind(self.layout, vectors, self._rows(rows_of(self.layout, vectors)))
 
-    def __rmatmul__(self, vectors: Tensor) -> Tensor:
-        """Return v times the matrix, v being [P] or [K, P]."""
-        return (self @ vectors.T).T if isinstance(vectors, Tensor) and vectors.dim() == 2 else self @ vectors
-
-    __array_ufunc__ = None  # NumPy's arrays leave array @ operator to the operator, which says what it takes
-
     @property
     def T(self) -> Self:  # noqa: N802 - SciPy's name
         """The transpose, which is the operator itself."""
@@ -100,28 +114,6 @@ class SymmetricOperator(ABC):
         """Return the whole matrix [P, P], `chunk` columns at a time; memory grows as P^2."""
         identity = torch.eye(self.shape[0], dtype=self.dtype, device=self.device)
         return torch.cat([self._rows(rows) for rows in identity.split(chunk)]).T
-
-    def to_scipy(self) -> Any:
-        """Return a scipy.sparse.linalg.LinearOperator that takes and gives NumPy arrays, in float32 at least."""
-        try:
-            from scipy.sparse.linalg import LinearOperator
-        except ImportError as error:
-            raise TwofoldError("to_scipy needs SciPy: pip install scipy (or 'twofold[lab]').") from error
-
-        # NumPy has no bfloat16.
-        dtype = torch.promote_types(self.dtype, torch.float32)
-
-        def product(array: Any) -> Any:
-            if np.iscomplexobj(array):
-                raise TwofoldError("The operator is real; a complex array came. Pass its real and imaginary parts.")
-            return (self @ torch.as_tensor(array, dtype=self.dtype, device=self.device)).to("cpu", dtype).numpy()
-
-        def flat(array: Any) -> Any:
-            return product(array.reshape(-1))
-
-        options: Any = {"matvec": flat, "rmatvec": flat, "matmat": product, "rmatmat": product}
-        options["dtype"] = torch.empty((), dtype=dtype).numpy().dtype
-        return LinearOperator(self.shape, **options)
 
     def __add__(self, other: "SymmetricOperator") -> "SymmetricOperator":
         if not isinstance(other, SymmetricOperator):
@@ -150,9 +142,6 @@ class SymmetricOperator(ABC):
     def __neg__(self) -> "SymmetricOperator":
         return self * -1.0
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(shape={self.shape}, dtype={self.dtype}, device={self.device})"
-
 
 class _Combination(SymmetricOperator):
     """A weighted sum of operators of one shape."""
@@ -172,6 +161,31 @@ class _Combination(SymmetricOperator):
 
     def _block(self, names: Sequence[str]) -> SymmetricOperator:
         return _Combination([(factor, operator._block(names)) for factor, operator in self._terms])
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        return self._terms[0][1]._parameters()
+
+
+class Preconditioned(SymmetricOperator):
+    """P^-1/2 A P^-1/2 for a diagonal P.
+
+    Attributes:
+        inverse_root: P^-1/2, [P].
+    """
+
+    def __init__(self, operator: SymmetricOperator, inverse_root: Float[Tensor, "P"]) -> None:
+        super().__init__(operator.layout)
+        self._operator, self.inverse_root = operator, inverse_root
+
+    def _rows(self, rows: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:
+        return self._operator._rows(rows * self.inverse_root) * self.inverse_root
+
+    def _block(self, names: Sequence[str]) -> "Preconditioned":
+        parts = self.layout.as_dict(self.inverse_root)
+        return Preconditioned(self._operator._block(names), torch.cat([parts[name].reshape(-1) for name in names]))
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        return self._operator._parameters()
 
 
 class _CurvatureOperator(SymmetricOperator):
@@ -208,6 +222,9 @@ class _CurvatureOperator(SymmetricOperator):
 
     def _block(self, names: Sequence[str]) -> Self:
         return type(self).of(self._products.of(names))
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        return self._products.present_parameters()
 
 
 class Hessian(_CurvatureOperator):

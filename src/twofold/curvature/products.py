@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -28,6 +28,7 @@ from twofold.errors import EMPTY_DATA, NOT_FINITE, NotFiniteError, TwofoldError
 from twofold.parameters import ParameterLayout, select_parameters
 from twofold.types import Forward, LossFn, Matrix, Mode, Params, Weight
 
+T = TypeVar("T")
 DEFAULT_MEMORY = 2**30
 SUMS: dict[Matrix, tuple[Matrix, Matrix]] = {"nme": ("activation_nme", "rest"), "hessian": ("gauss_newton", "nme")}
 ACTIVATIONS = frozenset(SUMS["nme"])
@@ -100,6 +101,10 @@ class Products:
         block._bytes_each = 0
         return block
 
+    def present_parameters(self) -> dict[str, nn.Parameter]:
+        """The chosen parameters that the model has now."""
+        return self.layout.find(dict(self.model.named_parameters()))
+
     @full_precision()
     def matmat(self, rows: Float[Tensor, "K P"], parts: Sequence[Matrix]) -> list[Float[Tensor, "K P"]]:
         """Return each named matrix times K vectors.
@@ -114,7 +119,7 @@ class Products:
         # H alone takes one pass through an open gate; otherwise a matrix is the sum of its terms.
         terms: Sequence[Matrix] = ("hessian",) if set(parts) == {"hessian"} else _terms(parts)
         if ACTIVATIONS.isdisjoint(parts):
-            found = self._averaged(
+            found = self.averaged(
                 rows, (), lambda recording, v: dict(zip(terms, recording.products(v, terms), strict=True))
             )
         else:
@@ -142,7 +147,7 @@ class Products:
             group: the group that an operation belongs to.
             wanted: which groups to compute.
         """
-        return self._averaged(rows, kinds, lambda recording, v: recording.dissect(v, group, wanted))
+        return self.averaged(rows, kinds, lambda recording, v: recording.dissect(v, group, wanted))
 
     @full_precision()
     def forms(
@@ -162,12 +167,20 @@ class Products:
         self._check_total(total)
         return averages
 
-    def _averaged(
+    @full_precision()
+    def averaged(
         self,
         rows: Float[Tensor, "K P"],
         kinds: Sequence[str],
         products: Callable[[Any, list[Tensor]], Mapping[Any, list[Tensor]]],
     ) -> dict[Any, Float[Tensor, "K P"]]:
+        """Average named products(recording, v) over the batches, for each of K vectors.
+
+        Args:
+            rows: the vectors, [K, P].
+            kinds: which kinds of operation the recordings tell apart.
+            products: takes a recording and v, one tensor per parameter, and returns {name: a vector like v}.
+        """
         averages: dict[Any, Tensor] = {}
         total, first = 0.0, True
         for recording in self._recordings(kinds):
@@ -191,6 +204,11 @@ class Products:
         if self.watch is not None:
             self.watch(len(rows))
         return averages
+
+    @full_precision()
+    def each(self, f: Callable[[Recording], T]) -> list[T]:
+        """Return f of every batch's recording, in order."""
+        return [f(recording) for recording in self._recordings()]
 
     @full_precision()
     def loss_and_gradient(
@@ -305,6 +323,7 @@ class Products:
             around = self._recomputing(aliases) if repairs.checkpointed else nullcontext
             recorded = (outputs, targets, self.loss, aliases, around)
             recording = Dissection(held, *recorded) if kinds else Recording(*recorded)
+            recording.index = index
         if at is None and recording.count > 0 and not torch.isfinite(recording.value):
             raise NotFiniteError(NOT_FINITE.format(what="loss", came=recording.value.item(), where=f" (batch {index})"))
         return recording
@@ -331,7 +350,7 @@ class Products:
             return
         self._kept.clear()
         self._snapshot = None
-        self.parameters = self.layout.find(dict(self.model.named_parameters()))
+        self.parameters = self.present_parameters()
         self._snapshot = Snapshot(self.model, self.loss.loss_fn, in_memory)
 
 

@@ -9,18 +9,20 @@ gate lets the curvature of the loss into the same pass. In units of one forward 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from twofold.batches import describe
 from twofold.curvature.differentiable import refusals_named
 from twofold.curvature.losses import Loss, OutputProduct, detached_leaves, is_differentiable
 from twofold.errors import CHECKPOINT, HIDDEN_PARAMETER, LOSS_USES_PARAMETERS, TwofoldError
 from twofold.types import Matrix
+
+T = TypeVar("T")
 
 
 class _Gate:
@@ -58,10 +60,11 @@ class Recording:
         targets: the batch's targets.
         loss: the recognised loss.
         parameters: the chosen parameters by name, leaves of the graph.
-
         around: entered around every pass that differentiates: what segments under a checkpoint are recomputed in.
 
     Attributes:
+        index: the batch's place in its data set.
+        detached: the outputs off their graph, as the loss takes them.
         value: the loss, detached.
         count: the batch's weight in an average over a data set.
         output_gradient: dl/dz, one tensor for each differentiable tensor of the outputs; torch's own, to the bit.
@@ -79,7 +82,7 @@ class Recording:
         parameters: Mapping[str, Tensor],
         around: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        self.around = around
+        self.around, self.targets, self.index = around, targets, 0
         self.parameters = list(parameters.values())
         self.outputs: list[Tensor] = [leaf for leaf in tree_leaves(outputs) if is_differentiable(leaf)]
         if not self.outputs:
@@ -87,9 +90,10 @@ class Recording:
                 f"The model's outputs hold no real floating-point tensor: {describe(outputs)}. Pass forward=f with "
                 "f(model, batch) -> (outputs, targets) that returns the tensors to differentiate."
             )
-        leaves, detached = detached_leaves(outputs)
-        value = loss(detached, targets)
-        self.count = loss.count(detached, targets)
+        self.detached = tree_map_only(Tensor, Tensor.detach, outputs)
+        leaves, copies = detached_leaves(self.detached)
+        value = loss(copies, targets)
+        self.count = loss.count(self.detached, targets)
         _check_loss_graph(value, leaves, parameters)
         self.value = value.detach()
         self.output_gradient = [torch.zeros_like(leaf) for leaf in leaves]
@@ -100,7 +104,14 @@ class Recording:
             self.output_gradient = [
                 zero if u is None else u for zero, u in zip(self.output_gradient, known, strict=True)
             ]
-        self._gate = _Gate(self.output_gradient, _output_hessian_once(loss, detached, targets))
+        self._made: dict[Any, Any] = {}
+        self._gate = _Gate(self.output_gradient, _output_hessian_once(loss, self.detached, targets))
+
+    def once(self, key: Any, make: Callable[[], T]) -> T:
+        """Return what `make` made at the first call with this key."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     @property
     def output_hessian(self) -> OutputProduct:
