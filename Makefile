@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+BENCH  := .venv-bench
+ONE    := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,7 +22,7 @@ reproduce: $(READY)  ## the quick reproduction: verdict table, figures, HTML pag
 	$(BIN)/twofold reproduce --scale quick --out reproduction
 
 test: $(READY)  ## the whole test suite
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup
+	$(ONE) $(BIN)/python -m pytest -q -n 2 --dist loadgroup
 
 docs: $(READY)  ## the documentation site, in docs/_build/html
 	$(BIN)/python -m sphinx -W --keep-going -q -E -b html docs docs/_build/html
@@ -30,7 +32,21 @@ check: $(READY)  ## lint, format, types, layers
 	$(BIN)/pyrefly check
 	$(BIN)/lint-imports
 
-clean:  ## remove .venv and what the tools left
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+$(BENCH)/.ready: pyproject.toml constraints.txt benchmarks/requirements.txt
+	@test -x $(BENCH)/bin/python || $(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(BENCH)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	$(BENCH)/bin/pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/requirements.txt
+	@touch $@
 
-.PHONY: help setup reproduce test docs check clean
+oracles: $(BENCH)/.ready  ## hold every matrix against brute force and other libraries
+	$(ONE) $(BENCH)/bin/python -W ignore benchmarks/oracles.py
+	$(ONE) $(BENCH)/bin/python -W ignore benchmarks/parity.py
+
+bench: $(BENCH)/.ready  ## make docs/benchmarks.md anew; the machine should be idle
+	$(ONE) $(BENCH)/bin/python -W ignore benchmarks/publish.py
+
+clean:  ## remove the environments and what the tools left
+	rm -rf $(VENV) $(BENCH) .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+
+.PHONY: help setup reproduce test docs check oracles bench clean

@@ -1,4 +1,7 @@
-"""Ratios that can be trusted on a noisy machine: every variant once a round, in shuffled order, medians over rounds."""
+"""Ratios that can be trusted on a noisy machine: every variant once a round, in shuffled order, medians over rounds.
+
+Time is this process's on the processor, with one thread: what else runs on the machine moves it little.
+"""
 
 import random
 import statistics
@@ -24,8 +27,8 @@ def interleaved(
         shuffle(names)
         for name in names:
             run = variants[name]
-            start = time.perf_counter()
+            start = time.process_time()
             run()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(time.process_time() - start)
     middle = {name: statistics.median(values) for name, values in times.items()}
     return {name: value / middle[base] for name, value in middle.items()} | {"ms": 1000 * middle[base]}

@@ -1,0 +1,34 @@
+"""Make the tables of docs/benchmarks.md and benchmarks/results anew. Run: make bench, or publish.py [part ...]"""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import curvature
+import oracles
+import spectra
+from models import MODELS
+from results import Table
+
+
+def costs() -> Iterator[Table]:
+    """Of every model, and how they compare."""
+    yield (table := curvature.table(list(MODELS)))
+    yield curvature.speedups(table)
+
+
+def exact() -> Iterator[Table]:
+    """What is right and what is not."""
+    yield oracles.matrices()
+    yield oracles.activation_diagonals()
+    yield spectra.spectra()
+
+
+PARTS: dict[str, Callable[[], Iterator[Table]]] = {"exact": exact, "costs": costs}
+
+if __name__ == "__main__":
+    for part in sys.argv[1:] or PARTS:
+        start = time.perf_counter()
+        for table in PARTS[part]():
+            table.publish()
+        print(f"{part}: {time.perf_counter() - start:.0f} s", flush=True)
