@@ -109,12 +109,13 @@ class Fisher(SymmetricOperator):
         key = ("fisher", self._kind, self._num_samples, self._seed)
         draws = recording.once(key, lambda: self._residuals(recording))
         tangents, loss = recording.jvp(vector), self._products.loss
-        curved = [torch.zeros_like(t) for t in tangents]
+        wide = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in tangents]
+        curved = [torch.zeros_like(t) for t in wide]
         for r in draws:
-            inner = loss.within_terms([a * t for a, t in zip(r, tangents, strict=True)])
+            inner = loss.within_terms([a * t for a, t in zip(r, wide, strict=True)])
             for total, a, along in zip(curved, r, inner, strict=True):
-                total.addcmul_(a, along.expand_as(a), value=1 / len(draws))
-        return recording.vjp(curved)
+                total.add_(a * along, alpha=1 / len(draws))
+        return recording.vjp([total.to(t) for total, t in zip(curved, tangents, strict=True)])
 
     def _residuals(self, recording: Recording) -> list[list[Tensor]]:
         """sqrt(w_n) dl_n/dz for each draw, one tensor for each of the outputs."""

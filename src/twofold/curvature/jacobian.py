@@ -20,7 +20,7 @@ class Jacobian(LinearOperator):
 
     z is what the model returns: every floating-point tensor flattened, in order, batch after batch. So J v says how all
     outputs move with the parameters, and J'u is the gradient of u'z. The loss plays no part in it. Each product costs
-    the time of two thirds of a gradient. Making the operator reads the data once, to count the outputs; arguments are
+    about two thirds of a gradient. Making the operator reads the data once, to count the outputs; arguments are
     those of `Curvature`.
 
     Attributes:
