@@ -70,6 +70,7 @@ runs = st.builds(
     schedule=st.sampled_from(SCHEDULES),
     seed=seeds,
     curvature_every=st.integers(0, 10),
+    track_every=st.integers(0, 10),
     curvature_probe=counts,
     curvature_matvecs=counts,
     max_steps=st.none() | counts,

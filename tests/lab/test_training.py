@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import twofold
 from twofold.errors import TwofoldError
 from twofold.lab import training
 from twofold.lab.config import (
@@ -327,6 +328,66 @@ def test_measuring_curvature_does_not_change_the_training():
     measured = train(replace(SMALL, curvature_every=1, curvature_probe=32, curvature_matvecs=2))
     plain = train(SMALL)
     assert measured[plain.columns].equals(plain)
+
+
+TRACKED = replace(SMALL, track_every=3, curvature_probe=32)
+
+
+def test_curvature_is_tracked_from_step_to_step(tmp_path):
+    directory = RunDirectory(tmp_path, TRACKED)
+    metrics = train(TRACKED, directory=directory)
+    assert metrics.equals(train(SMALL))
+    run = load_run(directory.path)
+    assert run.tracked["step"].tolist() == [0, 3, 6, 9, 12, 15, 16]
+    assert run.tracked.notna().all(axis=None)
+    first = run.tracked.iloc[0]
+    data = load(SMALL.data)
+    model = build(SMALL.model, data.input_shape, 10, derive_seed("model", SMALL.seed))
+    curvature = twofold.Curvature(model, F.cross_entropy, tuple(t[:32] for t in data.train), mode="eval")
+    for matrix, estimate in curvature.traces(4).items():
+        assert first[f"curvature/{matrix}/trace"] == pytest.approx(estimate.value, rel=1e-4, abs=1e-5)
+    assert run.tracking["num_records"] == 7
+    assert run.tracking["num_matvecs"] >= 7 * 5
+    assert 0 < run.tracking["share"] < 1
+    assert load_run(directory.path).tracked.equals(run.tracked)
+    assert "seconds" not in "".join(run.tracked.columns)
+
+
+@pytest.mark.parametrize("step", [7, 8])
+def test_a_tracked_run_that_is_interrupted_ends_with_the_same_table(tmp_path, step):
+    whole, broken = (RunDirectory(tmp_path / name, TRACKED) for name in ("whole", "broken"))
+    train(TRACKED, directory=whole)
+    with raising(KeyboardInterrupt(), step), pytest.raises(KeyboardInterrupt):
+        train(TRACKED, directory=broken)
+    train(TRACKED, directory=broken)
+    assert (whole.path / "curvature.csv").read_bytes() == (broken.path / "curvature.csv").read_bytes()
+    first, second = load_run(whole.path).tracking, load_run(broken.path).tracking
+    assert first["num_records"] == second["num_records"]
+    assert first["num_matvecs"] == second["num_matvecs"]
+
+
+def test_a_damaged_table_is_told(tmp_path):
+    directory = RunDirectory(tmp_path, TRACKED)
+    train(replace(TRACKED), directory=directory)
+    for spoil in (lambda path: path.write_text("step\n1\n"), lambda path: path.unlink()):
+        spoil(directory.path / "curvature.csv")
+        with pytest.raises(TwofoldError, match=r"curvature\.csv"):
+            load_run(directory.path)
+
+
+def test_a_run_that_diverges_is_tracked_to_its_end(tmp_path):
+    config = replace(TRACKED, track_every=1, optimizer=OptimizerConfig(lr=1e20))
+    directory = RunDirectory(tmp_path, config)
+    train(config, directory=directory)
+    run = load_run(directory.path)
+    assert run.status == "diverged"
+    assert run.tracked["step"].tolist() == list(range(len(run.tracked)))
+    assert run.tracked.iloc[0].notna().all()
+
+
+def test_tracking_needs_a_directory():
+    with pytest.raises(TwofoldError, match="track_every"):
+        train(TRACKED)
 
 
 @pytest.mark.parametrize("mode", [True, False])

@@ -240,6 +240,7 @@ class RunConfig(_Config):
         schedule: "cosine" (to 0 at the last step) or "constant", after the warm-up.
         seed: initialisation, shuffling, augmentation and the regularizer's noise.
         curvature_every: measure tr and ||.||_F of H, GN and NME every so many epochs; 0 never.
+        track_every: follow H, GN and NME with `twofold.track` every so many steps, into curvature.csv; 0 never.
         curvature_probe: training examples in the fixed batch that is measured.
         curvature_matvecs: matrix-vector products for each estimate.
         max_steps: stop (and end the schedule) here, even inside an epoch; None: after `epochs`.
@@ -257,6 +258,7 @@ class RunConfig(_Config):
     schedule: str = "cosine"
     seed: int = 100
     curvature_every: int = 0
+    track_every: int = 0
     curvature_probe: int = 256
     curvature_matvecs: int = 16
     max_steps: int | None = None
@@ -269,7 +271,7 @@ class RunConfig(_Config):
                 raise self._refuse(name, getattr(self, name), f"a {kind.__name__}")
         for name in ("epochs", "batch_size", "curvature_probe", "curvature_matvecs", "threads"):
             self._integer(name, 1)
-        for name in ("warmup_epochs", "seed", "curvature_every"):
+        for name in ("warmup_epochs", "seed", "curvature_every", "track_every"):
             self._integer(name, 0)
         self._integer("max_steps", 1, optional=True)
         self._choice("schedule", SCHEDULES)

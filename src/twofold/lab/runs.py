@@ -3,6 +3,7 @@
     config.json           what was run
     environment.json      where and with which versions
     metrics.csv           one row an epoch, from epoch 0 (before training) on; no times in it
+    curvature.csv         one row a tracked step, where the configuration has track_every
     weights.safetensors   the model at the end
     status.json           finished, diverged or failed (with the error); written last, with checksums of the others
     checkpoint.safetensors  while the run is under way
@@ -19,7 +20,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
 from hashlib import sha256
@@ -34,6 +35,7 @@ import torch
 from torch import Tensor, nn
 
 import twofold
+from twofold.curvature.track import Tracker
 from twofold.errors import TwofoldError, TwofoldWarning
 from twofold.lab.config import RunConfig
 from twofold.lab.models import build
@@ -42,7 +44,8 @@ Status = Literal["finished", "diverged", "failed"]
 Row = dict[str, float]
 
 _CONFIG, _ENVIRONMENT, _METRICS = "config.json", "environment.json", "metrics.csv"
-_WEIGHTS, _STATUS, _CHECKPOINT = "weights.safetensors", "status.json", "checkpoint.safetensors"
+_TRACKED, _WEIGHTS, _STATUS = "curvature.csv", "weights.safetensors", "status.json"
+_CHECKPOINT = "checkpoint.safetensors"
 _CHANGES_NO_NUMBERS = ("cli.py", "integrations", "lab/figures", "lab/report", "lab/sweep.py")
 
 
@@ -58,6 +61,8 @@ class Run:
         final: the last row of `metrics`.
         path: its directory.
         error: the traceback of a failed run, else "".
+        tracked: the curvature along training, one row a tracked step; empty where nothing was tracked.
+        tracking: what that took: seconds, num_matvecs, num_records and share (of the run's time).
     """
 
     id: str
@@ -67,6 +72,8 @@ class Run:
     final: dict[str, float]
     path: Path
     error: str = ""
+    tracked: pd.DataFrame = field(default_factory=pd.DataFrame)
+    tracking: Mapping[str, float] = field(default_factory=dict)
 
 
 def run_id(config: RunConfig) -> str:
@@ -147,7 +154,7 @@ class RunDirectory:
 
     def begin(self) -> None:
         """Clear what an earlier attempt left, except its checkpoint; write configuration and environment."""
-        for stale in [_STATUS, _METRICS, _WEIGHTS]:
+        for stale in [_STATUS, _METRICS, _TRACKED, _WEIGHTS]:
             (self.path / stale).unlink(missing_ok=True)
         for stale in self.path.glob(".*.tmp"):
             stale.unlink(missing_ok=True)
@@ -185,15 +192,21 @@ class RunDirectory:
         input_shape: Sequence[int],
         num_classes: int,
         seconds: float,
+        tracker: Tracker | None = None,
     ) -> None:
-        """Write metrics and weights, then the status; the checkpoint goes."""
+        """Write metrics, what was tracked, and weights, then the status; the checkpoint goes."""
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
         # one entry: safetensors writes several in random order, and the file would differ from run to run
         metadata = {"model": json.dumps({"input_shape": list(input_shape), "num_classes": num_classes})}
         self._write(_METRICS, _csv(rows))
         self._write(_WEIGHTS, safetensors.torch.save(weights, metadata))
-        checksums = {name: _file_checksum(self.path / name) for name in (_CONFIG, _METRICS, _WEIGHTS)}
-        self._write(_STATUS, _json({"status": status, "seconds": round(seconds, 3), "sha256": checksums}))
+        record: dict[str, Any] = {"status": status, "seconds": round(seconds, 3)}
+        if tracker is not None:
+            self._write(_TRACKED, _csv(tracker.history))
+            record["tracking"] = asdict(tracker.overhead)
+        files = [_CONFIG, _METRICS, _WEIGHTS, *([_TRACKED] if tracker is not None else [])]
+        record["sha256"] = {name: _file_checksum(self.path / name) for name in files}
+        self._write(_STATUS, _json(record))
         (self.path / _CHECKPOINT).unlink(missing_ok=True)
 
     def fail(self, error: str) -> None:
@@ -229,11 +242,14 @@ def load_run(directory: Path) -> Run:
     if status["status"] != "failed":
         _verify(path, checksums)
     config = RunConfig.from_dict(_read_json(path / _CONFIG))
-    metrics = pd.DataFrame()
+    metrics, tracked = pd.DataFrame(), pd.DataFrame()
     if status["status"] != "failed":
-        metrics = _read_metrics(path / _METRICS)
+        metrics = _read_table(path / _METRICS)
+        if config.track_every:
+            tracked = _read_table(path / _TRACKED)
     final = {str(name): value for name, value in metrics.iloc[-1].items()} if len(metrics) else {}
-    return Run(path.name, config, status["status"], metrics, final, path, status.get("error", ""))
+    error, tracking = status.get("error", ""), status.get("tracking", {})
+    return Run(path.name, config, status["status"], metrics, final, path, error, tracked, tracking)
 
 
 def load_runs(out: Path, ids: Sequence[str] | None = None) -> list[Run]:
@@ -312,7 +328,7 @@ def _environment(config: RunConfig) -> dict[str, Any]:
 
 
 def _verify(path: Path, checksums: Mapping[str, str]) -> None:
-    for name in (_CONFIG, _METRICS, _WEIGHTS):
+    for name in (_CONFIG, _METRICS, _WEIGHTS, *({_TRACKED} & checksums.keys())):
         if not (path / name).exists():
             raise TwofoldError(f"{path / name} is missing.")
         if _file_checksum(path / name) != checksums.get(name):
@@ -349,12 +365,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _read_metrics(path: Path) -> pd.DataFrame:
+def _read_table(path: Path) -> pd.DataFrame:
     """The table exactly as written; pandas' own reader may change a last bit."""
     with path.open(newline="") as file:
         columns, *rows = csv.reader(file)
     values = [[float(text or "nan") for text in row] for row in rows]
-    return pd.DataFrame(values, columns=columns).astype({"epoch": int, "step": int})
+    table = pd.DataFrame(values, columns=columns)
+    return table.astype({name: int for name in ("epoch", "step") if name in table})
 
 
 def _json(values: Mapping[str, Any]) -> bytes:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from twofold.activations import gaussian, second_derivative
 from twofold.curvature.curvature import Curvature
 from twofold.curvature.liveness import live_fraction
+from twofold.curvature.track import Tracker, track
 from twofold.errors import TwofoldError
 from twofold.lab.config import OptimizerConfig, RegularizerConfig, RunConfig
 from twofold.lab.data import Dataset, TensorPair, augment, load
@@ -80,6 +81,9 @@ def train(
     with "_stderr": matrix is hessian, gauss_newton or nme, quantity is trace or frobenius_norm; and
     "activation/live_fraction", the fraction of activation inputs at which phi'' is not 0.
 
+    With `track_every` the curvature is followed step by step with `twofold.track`, in a table of its own in the run's
+    directory: curvature.csv, `Run.tracked`; what that took is in status.json, `Run.tracking`.
+
     Args:
         config: what to run.
         data_dir: where data files lie.
@@ -88,7 +92,8 @@ def train(
         progress: called with every new row.
 
     Raises:
-        TwofoldError: the data cannot be had, or parts of the configuration do not fit each other.
+        TwofoldError: the data cannot be had, parts of the configuration do not fit each other, or there is no directory
+            to write what is tracked into.
 
     Example:
         >>> from dataclasses import replace
@@ -98,6 +103,8 @@ def train(
         [0, 4]
     """
     if directory is None:
+        if config.track_every:
+            raise TwofoldError(f"RunConfig.track_every is {config.track_every}: pass directory=, where the table goes.")
         return pd.DataFrame(_train(config, data_dir, None, progress))
     with directory.lock():
         if (run := directory.result()) is not None:
@@ -123,6 +130,7 @@ def _train(
         if regularizer is not None:
             regularizer.attach(optimizer)
         backward = build_backward(config.regularizer, regularizer)
+        tracker = build_tracker(config, model, data.train) if config.track_every else None
 
         steps_per_epoch = math.ceil(len(data.train.targets) / config.batch_size)
         num_steps = config.epochs * steps_per_epoch
@@ -141,16 +149,21 @@ def _train(
             rows.append(row)
             if directory is not None:
                 state = {"epoch": epoch, "step": step, "diverged": not finite, "rows": rows}
-                _keep(directory, model, optimizer, regularizer, state)
+                _keep(directory, model, optimizer, regularizer, tracker=tracker, state=state)
             if progress is not None:
                 progress(row)
             return not finite
 
+        def follow() -> None:
+            if tracker is not None and (step % config.track_every == 0 or step == num_steps):
+                tracker.measure(step)
+
         kept = directory.read_checkpoint() if directory is not None else None
         if kept is None:
+            follow()
             diverged = end_epoch()
         else:
-            state = _restore(kept, model, optimizer, regularizer)
+            state = _restore(kept, model, optimizer, regularizer, tracker)
             epoch, step, diverged, rows = state["epoch"], state["step"], state["diverged"], state["rows"]
 
         while step < num_steps and not diverged:
@@ -168,6 +181,7 @@ def _train(
                     break
                 optimizer.step()
                 step += 1
+                follow()
                 if step == num_steps:
                     break
             diverged = end_epoch()
@@ -180,6 +194,7 @@ def _train(
                 input_shape=data.input_shape,
                 num_classes=data.num_classes,
                 seconds=time.monotonic() - started,
+                tracker=tracker,
             )
         return rows
 
@@ -264,6 +279,11 @@ def evaluate(model: nn.Module, data: Dataset) -> Row:
     return row
 
 
+def build_tracker(config: RunConfig, model: nn.Module, examples: TensorPair) -> Tracker:
+    """What follows the curvature while the model trains: in eval mode, on the first `curvature_probe` examples."""
+    return track(model, F.cross_entropy, tuple(tensor[: config.curvature_probe] for tensor in examples), mode="eval")
+
+
 def measure_curvature(config: RunConfig, model: nn.Module, examples: TensorPair) -> Row:
     """Traces and Frobenius norms of H, GN and NME, and the live fraction of phi'', in eval mode.
 
@@ -310,6 +330,8 @@ def _keep(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     regularizer: Regularizer | None,
+    *,
+    tracker: Tracker | None,
     state: dict[str, Any],
 ) -> None:
     tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
@@ -324,6 +346,10 @@ def _keep(
             "kept_at": memory.kept_at,
             "num_kept": None if memory.kept is None else len(memory.kept),
         }
+    if tracker is not None:
+        tracked = tracker.state_dict()
+        tensors |= {f"tracker/{name}": vector for name, vector in tracked.pop("vectors").items()}
+        state["tracker"] = tracked
     directory.write_checkpoint(tensors, state)
 
 
@@ -332,6 +358,7 @@ def _restore(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     regularizer: Regularizer | None,
+    tracker: Tracker | None,
 ) -> dict[str, Any]:
     tensors, state = kept
     model.load_state_dict({n.removeprefix("model/"): t for n, t in tensors.items() if n.startswith("model/")})
@@ -349,4 +376,7 @@ def _restore(
             num_kept = saved["num_kept"]
             found = None if num_kept is None else [tensors[f"regularizer/{i}"] for i in range(num_kept)]
             regularizer.memory.keep(found, saved["kept_at"])
+    if tracker is not None:
+        vectors = {n.removeprefix("tracker/"): t for n, t in tensors.items() if n.startswith("tracker/")}
+        tracker.load_state_dict({**state["tracker"], "vectors": vectors})
     return state
