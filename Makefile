@@ -6,9 +6,10 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 BENCH  := .venv-bench
 ONE    := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+INTEGRATIONS := .venv-integrations
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(READY): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -26,6 +27,16 @@ test: $(READY)  ## the whole test suite
 
 docs: $(READY)  ## the documentation site, in docs/_build/html
 	$(BIN)/python -m sphinx -W --keep-going -q -E -b html docs docs/_build/html
+
+$(INTEGRATIONS)/.ready: pyproject.toml constraints.txt constraints-integrations.txt
+	@test -x $(INTEGRATIONS)/bin/python || $(PYTHON) -m venv $(INTEGRATIONS)
+	$(INTEGRATIONS)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(INTEGRATIONS)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -c constraints-integrations.txt \
+	  -e '.[lab,lightning,transformers,tensorboard,wandb]' pytest pytest-xdist
+	@touch $@
+
+test-integrations: $(INTEGRATIONS)/.ready  ## Lightning, transformers, TensorBoard and W&B, in an environment of their own
+	$(ONE) $(INTEGRATIONS)/bin/python -m pytest -q -n 2 tests/integrations
 
 check: $(READY)  ## lint, format, types, layers
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -47,6 +58,6 @@ bench: $(BENCH)/.ready  ## make docs/benchmarks.md anew; the machine should be i
 	$(ONE) $(BENCH)/bin/python -W ignore benchmarks/publish.py
 
 clean:  ## remove the environments and what the tools left
-	rm -rf $(VENV) $(BENCH) .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(BENCH) $(INTEGRATIONS) .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 
-.PHONY: help setup reproduce test docs check oracles bench clean
+.PHONY: help setup reproduce test test-integrations docs check oracles bench clean

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from regularizers.rows import Problem, flat
 from twofold.errors import TwofoldError
 from twofold.regularizers import SAM, GradientPenalty, SharpnessAware, WeightNoise
 
@@ -177,3 +178,45 @@ def test_what_cannot_be_wrapped_is_refused(training):
     with pytest.raises(TwofoldError, match="microbatches"):
         SharpnessAware(base, SAM(microbatches=2))
     SharpnessAware(base, GradientPenalty(method="finite_difference"))
+
+
+ZEROED = {
+    "optimizer.zero_grad": lambda optimizer, model: optimizer.zero_grad(),
+    "optimizer.zero_grad in place": lambda optimizer, model: optimizer.zero_grad(set_to_none=False),
+    "model.zero_grad": lambda optimizer, model: model.zero_grad(),
+}
+
+
+@pytest.mark.parametrize("zero", ZEROED.values(), ids=ZEROED.keys())
+def test_a_closure_may_zero_gradients_in_any_way_or_find_none(zero):
+    problem = Problem()
+    optimizer = SharpnessAware(torch.optim.SGD(problem.model.parameters(), lr=0.1), SAM(rho=0.05))
+
+    def closure(zeroing=True):
+        if zeroing:
+            zero(optimizer, problem.model)
+        loss = problem.loss_fn(problem.model(problem.batch[0]), problem.batch[1])
+        loss.backward()
+        return loss
+
+    for _ in range(2):
+        optimizer.step(closure)
+    optimizer.zero_grad()
+    optimizer.step(lambda: closure(zeroing=False))
+
+
+def test_a_closure_that_accumulates_is_refused_and_nothing_is_lost():
+    problem = Problem()
+    optimizer = SharpnessAware(torch.optim.SGD(problem.model.parameters(), lr=0.1), SAM(rho=0.05))
+
+    def closure():
+        loss = problem.loss_fn(problem.model(problem.batch[0]), problem.batch[1]) / 2
+        loss.backward()
+        return loss
+
+    closure()
+    found, weights = flat(problem.model), [p.clone() for p in problem.model.parameters()]
+    with pytest.raises(TwofoldError, match=r"weight=1/k"):
+        optimizer.step(closure)
+    assert torch.equal(flat(problem.model), found)
+    assert all(torch.equal(a, b) for a, b in zip(problem.model.parameters(), weights, strict=True))

@@ -402,6 +402,11 @@ def as_loss(loss_fn: LossFn | Loss, weight: Weight | None = None) -> Loss:
     return _Counted(loss_fn, weight, averages=averages, like=_same_terms(functional, averages, reduction, options))
 
 
+def is_torch_loss(function: Any) -> bool:
+    """Tell whether a function is one of torch's own losses."""
+    return function in _MODULES.values()
+
+
 def _same_terms(functional: Callable[..., Tensor], averages: bool, reduction: str, options: dict[str, Any]) -> Loss:
     """A loss with the same terms."""
     if functional is F.nll_loss:

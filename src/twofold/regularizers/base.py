@@ -147,6 +147,11 @@ class Regularizer(ABC):
         return {**self.__dict__, "_optimizer": None, "_hook": None}
 
     @property
+    def splits_hessian(self) -> bool:
+        """Whether it tells GN from NME, and so must see the loss as a function of the model's outputs."""
+        return False
+
+    @property
     def diagnostics(self) -> dict[str, float]:
         """Scalars of the last backward by name: norms of gradient and perturbation, penalty, rise of the loss."""
         return {name: float(value) for name, value in self._diagnostics.items()}

@@ -72,6 +72,11 @@ class GradientPenalty(Regularizer):
                 'method="exact".'
             )
 
+    @property
+    def splits_hessian(self) -> bool:
+        """Whether C is one of the halves."""
+        return self.curvature != "hessian" and self.method == "exact"
+
     def direction(self, passes: Passes) -> Direction:
         """Return g plus the gradient of the penalty."""
         if self.rho == 0:

@@ -109,25 +109,29 @@ class SharpnessAware(Optimizer):
             The loss of the first call of the closure.
 
         Raises:
-            TwofoldError: there is no closure, a GradScaler scaled it, or the regularizer needs the model's outputs.
+            TwofoldError: there is no closure, it adds to gradients of earlier batches, a GradScaler scaled it, or the
+                regularizer needs the model's outputs.
                 Then, as after any exception in the closure, weights, buffers, .grad and random states are as they were.
         """
+        if self.__dict__.pop("found_inf", None) is not None:
+            self.__dict__.pop("grad_scale", None)
+            raise TwofoldError(
+                "A GradScaler cannot step a closure: the perturbation would be that of scaled gradients. Call "
+                "reg.backward(model, loss_fn, batch, scaler=scaler), then scaler.step(base optimiser). In Lightning "
+                "take twofold.integrations.lightning.RegularizerCallback."
+            )
         if closure is None:
             raise TwofoldError(
                 "SharpnessAware.step needs a closure, which it calls more than once. In a loop of your own, call "
                 "reg.backward(model, loss_fn, batch) and step the plain optimiser."
             )
-        if self.__dict__.pop("found_inf", None) is not None:
-            self.__dict__.pop("grad_scale", None)
-            raise TwofoldError(
-                "A GradScaler cannot step a closure: the perturbation would be that of scaled gradients. Call "
-                "reg.backward(model, loss_fn, batch, scaler=scaler), then scaler.step(base optimiser)."
-            )
         parameters = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
         random = RandomSources(self.reg.generator)
         names = self._names()
-        passes = ClosurePasses(closure, parameters, self._chosen(names), names=names, reg=self.reg, start=random.shared)
         found = [parameter.grad for parameter in parameters]
+        self._zeroed = False
+        checked = self._checked(closure, parameters, found)
+        passes = ClosurePasses(checked, parameters, self._chosen(names), names=names, reg=self.reg, start=random.shared)
         remembered = copy.copy(self.reg.memory)
         try:
             direction = self.reg.of_this_step(passes)
@@ -146,6 +150,29 @@ class SharpnessAware(Optimizer):
         else:
             _set_gradients(parameters, found)
         return direction.loss
+
+    def _checked(self, closure: Closure, parameters: Sequence[nn.Parameter], found: Sequence[Tensor | None]) -> Closure:
+        """The closure, refused where it adds to gradients of earlier batches, which its passes cannot tell apart."""
+        held = next(
+            (i for i, gradient in enumerate(found) if gradient is not None and (gradient.is_sparse or gradient.any())),
+            None,
+        )
+        if held is None:
+            return closure
+
+        def checked() -> Any:
+            mark = parameters[held].grad = torch.zeros_like(parameters[held])
+            loss = closure()
+            if parameters[held].grad is mark and not self._zeroed:
+                raise TwofoldError(
+                    "The closure left .grad as it found it before it added to it, and .grad holds a gradient. Call "
+                    "optimizer.zero_grad() in the closure. To accumulate gradients over batches call "
+                    "reg.backward(model, loss_fn, batch, weight=1/k) for each and step the base optimiser; in "
+                    "Lightning take twofold.integrations.lightning.RegularizerCallback."
+                )
+            return loss
+
+        return checked
 
     def _names(self) -> list[str | None]:
         return [
@@ -171,6 +198,7 @@ class SharpnessAware(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients of all parameters."""
+        self._zeroed = True
         self.base.zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -138,6 +138,11 @@ class GaussNewtonTrace(Regularizer):
         check_choice("through", self.through, ("jacobian", "full"))
         check_choice("estimator", self.estimator, ("labels", "hutchinson"))
 
+    @property
+    def splits_hessian(self) -> bool:
+        """It penalises GN alone."""
+        return True
+
     def direction(self, passes: Passes) -> Direction:
         """Return g plus the gradient of the penalty, from one backward pass."""
         if self.strength == 0:

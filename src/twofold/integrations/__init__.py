@@ -1,0 +1,1 @@
+"""twofold inside training frameworks: `lightning` and `transformers`, each imported only when asked for."""
