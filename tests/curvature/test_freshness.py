@@ -140,7 +140,7 @@ def test_nothing_is_recorded_twice_without_need():
 
     c = twofold.Curvature(case.model, case.loss_fn, case.batches[0], forward=forward)
     c.products(torch.randn(c.hessian.shape[0], 3))
-    c.traces(4)
+    c.frobenius(4)
     assert calls == 1
 
 

@@ -106,7 +106,8 @@ def taken_by(taker: Callable[[Tensor, Call], Tensor]) -> Iterator[None]:
         _here.taker = before
 
 
-def _slope(g: Tensor, x: Tensor, call: Call) -> Tensor:
+def slope(g: Tensor, x: Tensor, call: Call) -> Tensor:
+    """Return g phi'(x), with f in the place of phi'' in every graph that is made of it."""
     return _Slope.apply(g, x, call, torch.is_grad_enabled())  # pyrefly: ignore
 
 
@@ -134,13 +135,13 @@ class _Activation(torch.autograd.Function):
     # pyrefly: ignore[bad-override]
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         (x,) = _kept(ctx)
-        return _slope(g, x, ctx.call), None
+        return slope(g, x, ctx.call), None
 
     @staticmethod
     # pyrefly: ignore[bad-override]
     def jvp(ctx: Any, x_tangent: Tensor, _: None) -> Tensor:
         (x,) = _kept(ctx)
-        return _slope(x_tangent, x, ctx.call)
+        return slope(x_tangent, x, ctx.call)
 
     @staticmethod
     # pyrefly: ignore[bad-override]
@@ -162,7 +163,7 @@ class _Slope(torch.autograd.Function):
     # pyrefly: ignore[bad-override]
     def backward(ctx: Any, c: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         g, x = _kept(ctx)
-        in_g = _slope(c, x, ctx.call) if ctx.needs_input_grad[0] else None
+        in_g = slope(c, x, ctx.call) if ctx.needs_input_grad[0] else None
         in_x = (g * c * ctx.call.curvature(x)).to(x.dtype) if ctx.needs_input_grad[1] else None
         return in_g, in_x, None, None
 
@@ -171,7 +172,7 @@ class _Slope(torch.autograd.Function):
     def jvp(ctx: Any, g_tangent: Tensor, x_tangent: Tensor, *_: None) -> Tensor:
         g, x = _kept(ctx)
         from_x = (g * x_tangent * ctx.call.curvature(x)).to(x.dtype)
-        return _slope(g_tangent, x, ctx.call) + from_x
+        return slope(g_tangent, x, ctx.call) + from_x
 
     @staticmethod
     # pyrefly: ignore[bad-override]

@@ -4,12 +4,8 @@ A new operation is a name in `SPELLINGS`. What is named nowhere counts as "other
 derivative, if it has one, stays in the graph, so that no sum depends on these lists.
 """
 
-import math
-import types
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cache
 from typing import Any
 
 import torch
@@ -21,8 +17,8 @@ from torch.utils._pytree import tree_leaves
 from twofold.activations.functions import Call, swapped, taken_by
 from twofold.activations.known import FUSED, PIECEWISE_LINEAR, activation_name, spelled
 from twofold.activations.second_derivative import second_derivatives_on_top
+from twofold.curvature.composites import attention, opened, warn_of_fused
 from twofold.curvature.dissection import Held, Operation, is_differentiated
-from twofold.errors import TwofoldWarning
 
 # Kind: the names of its operations, as functions and methods of torch spell them.
 SPELLINGS: dict[str, tuple[str, ...]] = {
@@ -105,7 +101,7 @@ class _Dissecting(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self._warned is not None and func in FUSED:
-            self._warn_of(func)
+            warn_of_fused(func, self._warned)
         kind = _kind_of(func, args, kwargs)
         if kind is not None and kind in self._kinds:
             tensors = [leaf for leaf in tree_leaves((args, kwargs)) if is_differentiated(leaf)]
@@ -114,7 +110,7 @@ class _Dissecting(TorchFunctionMode):
             if curved and torch.is_grad_enabled() and kwargs.get("out") is None:
                 return self._apart(kind, func, args, kwargs)
         elif kind is None and len(self._kinds) > 1:
-            inside = _attention if func is F.scaled_dot_product_attention else _opened(func)
+            inside = attention if func is F.scaled_dot_product_attention else opened(func)
             if inside is not None:
                 with self:
                     return inside(*args, **kwargs)
@@ -136,19 +132,6 @@ class _Dissecting(TorchFunctionMode):
         result = operation.attach()
         return args[0].copy_(result) if in_place else result
 
-    def _warn_of(self, func: Callable) -> None:
-        name = func.__name__
-        assert self._warned is not None
-        if name not in self._warned:
-            self._warned.add(name)
-            warnings.warn(
-                f"The activation part of the NME does not contain {name}: it applies {' and '.join(FUSED[func])} "
-                "inside one fused kernel, whose whole curvature counts as the rest. "
-                "Write that layer with separate activations to see its phi''.",
-                TwofoldWarning,
-                stacklevel=3,
-            )
-
 
 def _kind_of(func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
     kind = _KIND_OF.get(getattr(func, "overloadpacket", func))
@@ -163,52 +146,3 @@ def _works_in_place(func: Callable, kwargs: Mapping[str, Any]) -> bool:
     if name.startswith("__"):  # __imul__ and its like
         return name.startswith("__i")
     return name.endswith("_") or bool(kwargs.get("inplace", False))
-
-
-@cache
-def _opened(func: Callable) -> Callable | None:
-    """A composite function of torch that does not stop at the override of itself, so that what it calls is seen.
-
-    torch's functions that are written in Python ask first whether an override wants the whole call; here that question
-    has the answer no.
-    """
-    if not isinstance(func, types.FunctionType) or func.__module__ not in ("torch.nn.functional", "torch.functional"):
-        return None
-    questions = {name for name in func.__code__.co_names if name.startswith("has_torch_function")}
-    if not questions or not questions <= func.__globals__.keys():
-        return None
-    answered = {**func.__globals__, **dict.fromkeys(questions, lambda *_: False)}
-    opened = types.FunctionType(func.__code__, answered, func.__name__, func.__defaults__, func.__closure__)
-    opened.__kwdefaults__ = func.__kwdefaults__
-    return opened
-
-
-def _attention(  # noqa: PLR0917
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """scaled_dot_product_attention, softmax(q k' / sqrt(d) + mask) v, in its pieces."""
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    if enable_gqa:
-        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
-        value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
-    scores = (query * math.sqrt(scale)) @ (key * math.sqrt(scale)).transpose(-2, -1)
-    allowed = attn_mask
-    if is_causal:
-        allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    if allowed is not None and allowed.dtype == torch.bool:
-        scores = scores.masked_fill(~allowed, -math.inf)
-    elif allowed is not None:
-        scores = scores + allowed
-    weights = torch.softmax(scores, -1)
-    if allowed is not None and allowed.dtype == torch.bool:  # a row that may look nowhere gives zeros
-        weights = weights.masked_fill(~allowed.any(-1, keepdim=True), 0.0)
-    if dropout_p > 0:
-        weights = torch.dropout(weights, dropout_p, True)
-    return weights @ value

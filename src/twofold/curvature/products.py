@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from twofold.batches import as_batches, describe, run_forward, to_device
 from twofold.curvature.differentiable import (
@@ -21,9 +22,12 @@ from twofold.curvature.differentiable import (
 from twofold.curvature.dissection import Dissection, Group, Held, Operation
 from twofold.curvature.elementwise import DerivativesKept
 from twofold.curvature.freshness import Snapshot
+from twofold.curvature.jet_rules import Jet, NotCarriedError
+from twofold.curvature.jets import Jets, Sources, carried, output_jets
+from twofold.curvature.jets import forms as forms_of
 from twofold.curvature.kinds import recorded_apart
 from twofold.curvature.losses import Loss, as_loss
-from twofold.curvature.recording import Recording, check_reached, saved_bytes
+from twofold.curvature.recording import OutputLoss, Recording, check_reached, saved_bytes
 from twofold.errors import EMPTY_DATA, NOT_FINITE, NotFiniteError, TwofoldError
 from twofold.parameters import ParameterLayout, select_parameters
 from twofold.types import Forward, LossFn, Matrix, Mode, Params, Weight
@@ -90,6 +94,9 @@ class Products:
         self._num_terms: float | None = None
         self._bytes_each = 0
         self._snapshot: Snapshot | None = None
+        self._at_outputs: dict[int, OutputLoss] = {}
+        self._not_carried: str | None = None
+        self.path: str | None = None
         generator = getattr(data, "generator", None)
         self._loader_state = generator.get_state() if isinstance(generator, torch.Generator) else None
 
@@ -168,6 +175,103 @@ class Products:
         return averages
 
     @full_precision()
+    def quadratic_forms(self, rows: Float[Tensor, "K P"], parts: Sequence[Matrix]) -> dict[Matrix, Float[Tensor, "K"]]:
+        """Return v_k'A v_k of each named matrix, in float64 on the CPU.
+
+        By jets, with no graph, where every operation of the model is known to them; from recordings otherwise, and
+        where only GN is asked for, whose J v they have for less.
+
+        Args:
+            rows: the vectors, [K, P].
+            parts: which matrices.
+        """
+        terms = _terms(parts)
+        self._forget_when_stale()
+        if self.watch is not None:
+            self.watch(len(rows))
+        found = None
+        if self._not_carried is None and terms != ["gauss_newton"]:
+            try:
+                found, self.path = self._forms_averaged(rows, self._forms_by_jets(rows, terms)), "jets"
+            except NotCarriedError as error:
+                self._not_carried = str(error)
+        if found is None:
+            found = self._forms_averaged(rows, self._forms_by_recordings(rows, terms))
+            self.path = "recorded graph" + (f" (jets do not know {self._not_carried})" if self._not_carried else "")
+        for whole, halves in SUMS.items():
+            if whole not in found and found.keys() >= set(halves):
+                found[whole] = found[halves[0]] + found[halves[1]]
+        return {part: found[part] for part in parts}
+
+    def _forms_averaged(
+        self, rows: Float[Tensor, "K P"], batches: Iterable[tuple[float, Sequence[Mapping[Any, Tensor]]]]
+    ) -> dict[Matrix, Float[Tensor, "K"]]:
+        averages: dict[Matrix, Tensor] = {}
+        total = 0.0
+        for count, forms in batches:
+            if count == 0:
+                continue
+            total += count
+            for name in forms[0]:
+                found = torch.stack([form[name].double().cpu() for form in forms])
+                self._average_in(averages.setdefault(name, torch.zeros_like(found)), found, count, total)
+        self._check_total(total)
+        return averages
+
+    def _forms_by_recordings(
+        self, rows: Float[Tensor, "K P"], terms: Sequence[Matrix]
+    ) -> Iterator[tuple[float, list[Mapping[Any, Tensor]]]]:
+        vectors = [self.layout.unflatten(row) for row in rows]
+        if ACTIVATIONS.isdisjoint(terms):
+            for recording in self._recordings():
+                forms = [recording.quadratic_forms(v, terms) for v in vectors] if recording.count else []
+                yield recording.count, forms
+            return
+        for recording in self._recordings(("activation",)):
+            parted: list[Mapping[Any, Tensor]] = []
+            for vector in vectors if recording.count else []:
+                of = {name: form[0, 0] for name, form in recording.forms([vector], lambda _: "activation_nme").items()}
+                parted.append({term: of.get(term, torch.zeros(())) for term in terms})
+            yield recording.count, parted
+
+    def _forms_by_jets(
+        self, rows: Float[Tensor, "K P"], terms: Sequence[Matrix]
+    ) -> Iterator[tuple[float, list[Mapping[Any, Tensor]]]]:
+        vectors = [self.layout.unflatten(row) for row in rows]
+        sources: dict[Matrix, Sources] = {"nme": "all", "activation_nme": "activation", "rest": "rest"}
+        wanted, seen = [term for term in terms if term in sources], 0
+        for index, batch in enumerate(_replayed(self._batches, self._random_states[0], self._loader_state)):
+            at_outputs, forms = self._at_outputs.get(index), []
+            for vector in vectors:
+                of: dict[Any, Tensor] = {}
+                for term in wanted:
+                    jets, outputs, targets = self._jets(index, batch, vector, sources[term])
+                    if at_outputs is None:
+                        at_outputs = OutputLoss(outputs, targets, self.loss, self.parameters)
+                        self._check_finite(at_outputs.value, at_outputs.count, index)
+                        if index == 0:
+                            self._at_outputs[index] = at_outputs
+                    if at_outputs.count == 0:
+                        break
+                    found = forms_of(jets, at_outputs)
+                    of |= {"gauss_newton": found["gauss_newton"], term: found["nme"]}
+                forms.append(of)
+            assert at_outputs is not None
+            seen = index + 1
+            yield at_outputs.count, forms
+        self._check_seen(seen)
+
+    def _jets(self, index: int, batch: Any, vector: Sequence[Tensor], sources: Sources) -> tuple[list[Jet], Any, Any]:
+        """One forward pass in the direction of a vector, with the outputs' jets."""
+        jets = Jets(sources=sources, warned=self._warned)
+        with borrowed(self.model, self.parameters, self._mode) as aliases:
+            self._random_states[index].restore()
+            with composed_kernels(self.model), carried(aliases, vector, jets):
+                outputs, targets = run_forward(self._forward, self.model, to_device(batch, self.layout.device))
+                found = output_jets(jets, outputs)
+            self._remember_random_state(index)
+        return found, tree_map_only(Tensor, Tensor.detach, outputs), targets
+
     def averaged(
         self,
         rows: Float[Tensor, "K P"],
@@ -283,6 +387,11 @@ class Products:
             seen = index + 1
             yield recording
             del recording
+        self._check_seen(seen)
+        if seen > 1 and self._bytes_each > self._memory:
+            self._kept.clear()
+
+    def _check_seen(self, seen: int) -> None:
         if seen == 0:
             raise TwofoldError(EMPTY_DATA.format(came=describe(self._batches)))
         if self._num_batches not in (None, seen):
@@ -291,8 +400,6 @@ class Products:
                 "batches each time. Pass list(loader)."
             )
         self._num_batches = seen
-        if seen > 1 and self._bytes_each > self._memory:
-            self._kept.clear()
 
     def _recordings_at(self, step: Float[Tensor, "P"]) -> Iterator[Recording]:
         """Recordings at theta + step, none of them kept."""
@@ -315,18 +422,26 @@ class Products:
                     warned = self._warned if len(kinds) == 1 else None
                     stack.enter_context(recorded_apart(self.model, kinds, held, warned))
                 outputs, targets = run_forward(self._forward, self.model, to_device(batch, self.layout.device))
-            if len(self._random_states) == index + 1:
-                after = RandomState()
-                same = after == self._random_states[index]
-                self._random_states.append(self._random_states[index] if same else after)
+            self._remember_random_state(index)
             check_reached(outputs, self.parameters)
             around = self._recomputing(aliases) if repairs.checkpointed else nullcontext
             recorded = (outputs, targets, self.loss, aliases, around)
             recording = Dissection(held, *recorded) if kinds else Recording(*recorded)
             recording.index = index
-        if at is None and recording.count > 0 and not torch.isfinite(recording.value):
-            raise NotFiniteError(NOT_FINITE.format(what="loss", came=recording.value.item(), where=f" (batch {index})"))
+        if at is None:
+            self._check_finite(recording.value, recording.count, index)
         return recording
+
+    def _remember_random_state(self, index: int) -> None:
+        """Keep the state that the pass over a batch left: that in which the next one starts."""
+        if len(self._random_states) == index + 1:
+            after = RandomState()
+            same = after == self._random_states[index]
+            self._random_states.append(self._random_states[index] if same else after)
+
+    def _check_finite(self, loss: Tensor, count: float, index: int) -> None:
+        if count > 0 and not torch.isfinite(loss):
+            raise NotFiniteError(NOT_FINITE.format(what="loss", came=loss.item(), where=f" (batch {index})"))
 
     def _recomputing(self, aliases: dict[str, Tensor]) -> Callable[[], AbstractContextManager[None]]:
         """What segments under a checkpoint are recomputed in: the model as it was lent when they were recorded."""
@@ -341,7 +456,7 @@ class Products:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without recordings, which cannot be copied; a copy makes its own."""
-        return self.__dict__ | {"_kept": {}, "_snapshot": None}
+        return self.__dict__ | {"_kept": {}, "_at_outputs": {}, "_snapshot": None}
 
     def _forget_when_stale(self) -> None:
         """Drop what was recorded from other tensors, modes or second derivatives than the present ones."""
@@ -349,7 +464,8 @@ class Products:
         if self._snapshot is not None and self._snapshot.holds(self.model, self.loss.loss_fn, in_memory):
             return
         self._kept.clear()
-        self._snapshot = None
+        self._at_outputs.clear()
+        self._snapshot = self._not_carried = None
         self.parameters = self.present_parameters()
         self._snapshot = Snapshot(self.model, self.loss.loss_fn, in_memory)
 

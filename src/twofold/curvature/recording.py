@@ -8,7 +8,7 @@ gate lets the curvature of the loss into the same pass. In units of one forward 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -20,18 +20,67 @@ from twofold.batches import describe
 from twofold.curvature.differentiable import refusals_named
 from twofold.curvature.losses import Loss, OutputProduct, detached_leaves, is_differentiable
 from twofold.errors import CHECKPOINT, HIDDEN_PARAMETER, LOSS_USES_PARAMETERS, TwofoldError
+from twofold.parameters import dot
 from twofold.types import Matrix
 
 T = TypeVar("T")
 
 
+class OutputLoss:
+    """The loss seen from the outputs of one pass.
+
+    Args:
+        outputs: what the model returned: a tensor or any nest of tensors.
+        targets: the batch's targets.
+        loss: the recognised loss.
+        parameters: the chosen parameters by name, which the loss must reach through the outputs alone.
+
+    Attributes:
+        detached: the outputs, off the graph.
+        value: the loss, detached.
+        count: the batch's weight in an average over a data set.
+        output_gradient: dl/dz, one tensor for each differentiable tensor of the outputs; torch's own, to the bit.
+        reads: for each of these, whether the loss depends on it at all.
+
+    Raises:
+        TwofoldError: the loss is not scalar, or depends on the parameters beside the outputs.
+    """
+
+    def __init__(self, outputs: Any, targets: Any, loss: Loss, parameters: Mapping[str, Tensor]) -> None:
+        self.detached = tree_map_only(Tensor, Tensor.detach, outputs)
+        leaves, copies = detached_leaves(self.detached)
+        if not leaves:
+            raise TwofoldError(
+                f"The model's outputs hold no real floating-point tensor: {describe(outputs)}. Pass forward=f with "
+                "f(model, batch) -> (outputs, targets) that returns the tensors to differentiate."
+            )
+        value = loss(copies, targets)
+        self.count = loss.count(self.detached, targets)
+        _check_loss_graph(value, leaves, parameters)
+        self.value = value.detach()
+        self.output_gradient = [torch.zeros_like(leaf) for leaf in leaves]
+        self.reads = [True for _ in leaves]
+        if self.count > 0 and value.requires_grad:
+            known = torch.autograd.grad(value, leaves, allow_unused=True)
+            self.reads = [gradient is not None for gradient in known]
+            self.output_gradient = [
+                zero if u is None else u for zero, u in zip(self.output_gradient, known, strict=True)
+            ]
+        self._loss, self._targets = loss, targets
+
+    @cached_property
+    def output_hessian(self) -> OutputProduct:
+        """t -> H_z t, over the differentiable tensors of the outputs."""
+        with torch.enable_grad():
+            return self._loss.output_hessian(self.detached, self._targets)
+
+
 class _Gate:
     """Whether the curvature of the loss takes part in a pass. It holds nothing of the graph that it stands in."""
 
-    def __init__(self, output_gradient: list[Tensor], output_hessian: Callable[[], OutputProduct]) -> None:
+    def __init__(self, at_outputs: OutputLoss) -> None:
         self.open = False
-        self.output_gradient = output_gradient
-        self.output_hessian = output_hessian
+        self.at_outputs = at_outputs
 
 
 class _LossGradient(torch.autograd.Function):
@@ -41,15 +90,18 @@ class _LossGradient(torch.autograd.Function):
     def forward(ctx: Any, gate: _Gate, *outputs: Tensor) -> tuple[Tensor, ...]:
         ctx.gate = gate
         ctx.set_materialize_grads(False)
-        return tuple(gradient.clone() for gradient in gate.output_gradient)
+        return tuple(gradient.clone() for gradient in gate.at_outputs.output_gradient)
 
     @staticmethod
     def backward(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         gate = ctx.gate
         if not gate.open:
             return (None, *(None for _ in tangents))
-        known = [torch.zeros_like(u) if t is None else t for t, u in zip(tangents, gate.output_gradient, strict=True)]
-        return (None, *gate.output_hessian()(known))
+        known = [
+            torch.zeros_like(u) if t is None else t
+            for t, u in zip(tangents, gate.at_outputs.output_gradient, strict=True)
+        ]
+        return (None, *gate.at_outputs.output_hessian(known))
 
 
 class Recording:
@@ -85,27 +137,11 @@ class Recording:
         self.around, self.targets, self.index = around, targets, 0
         self.parameters = list(parameters.values())
         self.outputs: list[Tensor] = [leaf for leaf in tree_leaves(outputs) if is_differentiable(leaf)]
-        if not self.outputs:
-            raise TwofoldError(
-                f"The model's outputs hold no real floating-point tensor: {describe(outputs)}. Pass forward=f with "
-                "f(model, batch) -> (outputs, targets) that returns the tensors to differentiate."
-            )
-        self.detached = tree_map_only(Tensor, Tensor.detach, outputs)
-        leaves, copies = detached_leaves(self.detached)
-        value = loss(copies, targets)
-        self.count = loss.count(self.detached, targets)
-        _check_loss_graph(value, leaves, parameters)
-        self.value = value.detach()
-        self.output_gradient = [torch.zeros_like(leaf) for leaf in leaves]
-        self.reads = [True for _ in leaves]
-        if self.count > 0 and value.requires_grad:
-            known = torch.autograd.grad(value, leaves, allow_unused=True)
-            self.reads = [gradient is not None for gradient in known]
-            self.output_gradient = [
-                zero if u is None else u for zero, u in zip(self.output_gradient, known, strict=True)
-            ]
+        at_outputs = OutputLoss(outputs, targets, loss, parameters)
+        self.value, self.count, self.reads = at_outputs.value, at_outputs.count, at_outputs.reads
+        self.detached, self.output_gradient = at_outputs.detached, at_outputs.output_gradient
         self._made: dict[Any, Any] = {}
-        self._gate = _Gate(self.output_gradient, _output_hessian_once(loss, self.detached, targets))
+        self._gate = _Gate(at_outputs)
 
     def once(self, key: Any, make: Callable[[], T]) -> T:
         """Return what `make` made at the first call with this key."""
@@ -116,7 +152,7 @@ class Recording:
     @property
     def output_hessian(self) -> OutputProduct:
         """t -> H_z t, over the differentiable tensors of the outputs."""
-        return self._gate.output_hessian()
+        return self._gate.at_outputs.output_hessian
 
     @cached_property
     def _reverse(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
@@ -183,6 +219,15 @@ class Recording:
                 result["hessian"] = [a + b for a, b in zip(result["gauss_newton"], nme, strict=True)]
         return [result[part] for part in parts]
 
+    @refusals_named()
+    def quadratic_forms(self, vector: Sequence[Tensor], parts: Sequence[Matrix]) -> dict[Any, Tensor]:
+        """Return v'GN v, v'NME v or both, in one pass."""
+        _, u, _ = self._reverse
+        through = self._through_w(vector, [*self.parameters, *u] if "nme" in parts else u, gate_open=False)
+        nme, jv = through[: len(through) - len(u)], self._fill(through[len(through) - len(u) :])
+        found = {"gauss_newton": dot(jv, self.output_hessian(jv))}
+        return found | ({"nme": dot(vector, nme)} if "nme" in parts else {})
+
     def _through_w(self, vector: Sequence[Tensor], inputs: list[Tensor], *, gate_open: bool) -> list[Tensor]:
         w, _, _ = self._reverse
         pairs = [(wi, vi) for wi, vi in zip(w, vector, strict=True) if wi.requires_grad]
@@ -200,15 +245,6 @@ class Recording:
         """Add zeros for the outputs that do not depend on the parameters."""
         given = iter(attached)
         return [next(given) if z.requires_grad else torch.zeros_like(z) for z in self.outputs]
-
-
-def _output_hessian_once(loss: Loss, outputs: Any, targets: Any) -> Callable[[], OutputProduct]:
-    @cache
-    def output_hessian() -> OutputProduct:
-        with torch.enable_grad():
-            return loss.output_hessian(outputs, targets)
-
-    return output_hessian
 
 
 def _check_loss_graph(value: Tensor, outputs: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> None:
