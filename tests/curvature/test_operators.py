@@ -94,6 +94,9 @@ def test_sums_and_multiples():
     combined = 2 * c.gauss_newton - c.nme
     torch.testing.assert_close(combined.to_dense(), expected)
     torch.testing.assert_close(combined.T @ torch.ones(combined.shape[0]), expected.sum(1))
+    for two in (2, np.float32(2), torch.tensor(2.0)):
+        for multiple in (two * c.hessian, c.hessian * two, c.hessian / (1 / two)):
+            torch.testing.assert_close(multiple.to_dense(), 2 * c.hessian.to_dense())
     other = twofold.Hessian(case.model, case.loss_fn, case.batches[0], params="0.weight")
     with pytest.raises(TwofoldError, match="different parameters"):
         c.hessian + other
@@ -237,7 +240,7 @@ def test_memory_changes_no_result():
     ("vector", "text"),
     [
         (torch.ones(7), r"shape \(7,\); expected \[43\]"),
-        (torch.ones(43, 1, 1), "expected"),
+        (torch.ones(43, 1, 1), "shape"),
         (torch.full((43,), float("nan")), "NaN"),
         (torch.ones(43, dtype=torch.long), "int64"),
         ({"0.weight": torch.ones(5, 4)}, "missing"),
@@ -248,8 +251,9 @@ def test_memory_changes_no_result():
 def test_bad_vectors_are_refused(vector, text):
     case = classification(mlp(4, 5, 3))
     hessian = twofold.Hessian(case.model, case.loss_fn, case.batches[0])
-    with pytest.raises(TwofoldError, match=text):
-        hessian @ vector
+    for multiply in (hessian.__matmul__, hessian.matvec, hessian.__rmatmul__):
+        with pytest.raises(TwofoldError, match=text):
+            multiply(vector)
 
 
 def test_a_vector_that_would_lose_precision_is_refused():

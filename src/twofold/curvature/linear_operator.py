@@ -43,13 +43,13 @@ class LinearOperator(ABC):
 
     def matvec(self, vector: Tensor) -> Tensor:
         """Return the matrix times one v [columns]."""
-        if vector.dim() != 1:
+        if isinstance(vector, Tensor) and vector.dim() != 1:
             raise TwofoldError(f"matvec takes a vector [{self.shape[1]}]; one of shape {tuple(vector.shape)} came.")
         return self @ vector
 
     def matmat(self, vectors: Tensor) -> Tensor:
         """Return the matrix times v [columns, K]."""
-        if vectors.dim() != 2:
+        if isinstance(vectors, Tensor) and vectors.dim() != 2:
             raise TwofoldError(f"matmat takes vectors [{self.shape[1]}, K]; shape {tuple(vectors.shape)} came.")
         return self @ vectors
 

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any, ClassVar, Self, overload
 
 import torch
@@ -126,14 +127,14 @@ class SymmetricOperator(LinearOperator):
         return _Combination([(1.0, self), (-1.0, other)])
 
     def __mul__(self, factor: float) -> "SymmetricOperator":
-        if not isinstance(factor, int | float):
+        if not _is_number(factor):
             return NotImplemented
         return _Combination([(float(factor), self)])
 
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: float) -> "SymmetricOperator":
-        return self * (1.0 / divisor) if isinstance(divisor, int | float) else NotImplemented
+        return self * (1.0 / divisor) if _is_number(divisor) else NotImplemented
 
     def __radd__(self, other: object) -> "SymmetricOperator":
         """Let sum() start from 0."""
@@ -141,6 +142,10 @@ class SymmetricOperator(LinearOperator):
 
     def __neg__(self) -> "SymmetricOperator":
         return self * -1.0
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) or (isinstance(value, Tensor) and value.dim() == 0)
 
 
 class _Combination(SymmetricOperator):
