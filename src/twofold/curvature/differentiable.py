@@ -9,7 +9,7 @@ import random
 import re
 import sys
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -21,6 +21,8 @@ from torch.overrides import TorchFunctionMode
 
 from twofold.activations.functions import saving_is_hooked
 from twofold.curvature.convolution import CONVOLUTIONS
+from twofold.curvature.elementwise import can_be_kept, kept
+from twofold.curvature.normalisation import NORMS
 from twofold.errors import CHECKPOINT, FSDP, NO_DOUBLE_BACKWARD, RECOMPUTED, SCRIPTED, TwofoldError
 from twofold.types import Mode
 
@@ -240,14 +242,33 @@ class Repairs(TorchFunctionMode):
         hooked = saving_is_hooked()
         self.checkpointed |= hooked
         # A checkpoint recomputes its segment with torch's own operations and must find the same tensors saved.
-        if func in CONVOLUTIONS and not hooked and not is_transformed():
+        if func in CONVOLUTIONS and not hooked and not _is_transformed():
             return CONVOLUTIONS[func](*args, **kwargs)
         if func is torch._weight_norm:
             return _weight_norm(*args, **kwargs)
         return func(*args, **kwargs)
 
 
-def is_transformed() -> bool:
+class Frugal(TorchFunctionMode):
+    """Stand-ins for operations whose double backward costs less than torch's; they have no third derivative."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not torch.is_grad_enabled() or saving_is_hooked() or _is_transformed():
+            return func(*args, **kwargs)
+        if func in NORMS and _all_exact((*args, *kwargs.values())):
+            return NORMS[func](*args, **kwargs)
+        if can_be_kept(func, args, kwargs) and _all_exact(args):
+            return kept(func, args, kwargs)
+        return func(*args, **kwargs)
+
+
+def _all_exact(values: Iterable[Any]) -> bool:
+    """Tell whether no tensor is rounded to half precision, where torch's kernels keep more than they return."""
+    return all(value.dtype in (torch.float32, torch.float64) for value in values if isinstance(value, Tensor))
+
+
+def _is_transformed() -> bool:
     """Tell whether autocast or a torch.func transform rewrites the operations of the pass."""
     autocast = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
     return autocast or torch._C._functorch.peek_interpreter_stack() is not None

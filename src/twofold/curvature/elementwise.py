@@ -15,35 +15,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
-from twofold.activations.functions import saving_is_hooked
 from twofold.activations.known import OUTPUT_KEPT, PIECEWISE_LINEAR, SPELLINGS, activation_name, works_in_place
 from twofold.curvature.asked import asked
-from twofold.curvature.differentiable import is_transformed
 
 # The others cost little as they are, and a model may overwrite the input of those that keep their output.
 _SMOOTH = SPELLINGS.keys() - PIECEWISE_LINEAR - OUTPUT_KEPT
 
 
-class DerivativesKept(TorchFunctionMode):
-    """Record passes whose activations keep phi' and phi'' for many products; third derivatives are refused."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if activation_name(func, args, kwargs) in _SMOOTH and _can_be_kept(func, args, kwargs):
-            curve = _Curve(args[0], lambda x: func(x, *args[1:], **kwargs))
-            return _Activation.apply(args[0], curve)  # pyrefly: ignore
-        return func(*args, **kwargs)
-
-
-def _can_be_kept(func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    if not args or not args[0].requires_grad or not torch.is_grad_enabled():
+def can_be_kept(func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Say whether a call is one of an activation that keeps its derivatives."""
+    if activation_name(func, args, kwargs) not in _SMOOTH or works_in_place(func, kwargs):
         return False
-    if works_in_place(func, kwargs) or kwargs.get("out") is not None or saving_is_hooked() or is_transformed():
-        return False
-    # To round phi' to half precision would lose what torch's kernels keep.
-    return args[0].dtype in (torch.float32, torch.float64)
+    return bool(args) and args[0].requires_grad and kwargs.get("out") is None
+
+
+def kept(func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """Call an activation so that it keeps its derivatives."""
+    curve = _Curve(args[0], lambda x: func(x, *args[1:], **kwargs))
+    return _Activation.apply(args[0], curve)  # pyrefly: ignore
 
 
 class _Curve:
@@ -92,7 +82,7 @@ class _Slope(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, g: Tensor, x: Tensor, curve: _Curve) -> Tensor:
         ctx.curve, ctx.bent = curve, None
-        ctx.held = [curve.graphed_slope, g]
+        ctx.held = [curve.graphed_slope, g.detach()]
         return g * curve.slope
 
     @staticmethod

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 from twofold.batches import as_batches, describe, run_forward, to_device
 from twofold.curvature.differentiable import (
+    Frugal,
     RandomState,
     borrowed,
     composed_kernels,
@@ -20,7 +21,6 @@ from twofold.curvature.differentiable import (
     unwrap,
 )
 from twofold.curvature.dissection import Dissection, Group, Held, Operation
-from twofold.curvature.elementwise import DerivativesKept
 from twofold.curvature.freshness import Snapshot
 from twofold.curvature.jet_rules import Jet, NotCarriedError
 from twofold.curvature.jets import Jets, Sources, carried, output_jets
@@ -417,7 +417,7 @@ class Products:
             self._random_states[index].restore()
             with ExitStack() as stack:
                 repairs = stack.enter_context(differentiable_twice(self.model))
-                stack.enter_context(DerivativesKept())
+                stack.enter_context(Frugal())
                 if kinds:
                     warned = self._warned if len(kinds) == 1 else None
                     stack.enter_context(recorded_apart(self.model, kinds, held, warned))
