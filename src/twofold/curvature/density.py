@@ -9,7 +9,8 @@ from torch import Tensor
 
 from twofold.curvature.differentiable import full_precision
 from twofold.curvature.lanczos import Krylov
-from twofold.curvature.probes import check_count, check_square, generator_for, rademacher, vectors_of
+from twofold.curvature.linear_map import LinearMap
+from twofold.curvature.probes import check_count, generator_for, rademacher
 from twofold.errors import TwofoldError
 from twofold.types import SpectralDensity
 
@@ -60,15 +61,15 @@ def spectral_density(
 
     Source: Ubaru, Chen & Saad 2017, SIAM J. Matrix Anal. Appl. 38(4); for Hessians, 1901.10159.
     """
-    check_square(operator)
+    matrix = LinearMap(operator)
     check_count(num_probes, "num_probes")
     check_count(steps, "steps")
     grid = None if grid is None else _check_grid(grid)
     if sigma is not None and not 0 < sigma < math.inf:
         raise TwofoldError(f"sigma must be a positive width; {sigma!r} came.")
-    generator = generator_for(vectors_of(operator)[1], generator)
-    steps = min(steps, operator.shape[0])
-    rules = [_quadrature(operator, probe, steps) for probe in rademacher(operator, num_probes, generator)]
+    generator = generator_for(matrix.device, generator)
+    steps = min(steps, matrix.shape[0])
+    rules = [_quadrature(matrix, probe, steps) for probe in rademacher(matrix, num_probes, generator)]
     nodes, weights = (torch.stack(parts) for parts in zip(*(rule[:2] for rule in rules), strict=True))
     low, high = nodes.min().item(), nodes.max().item()
     if sigma is None:
@@ -82,9 +83,9 @@ def spectral_density(
     return SpectralDensity(grid, grid, grid, nodes, weights, sigma, num_matvecs).on(grid)
 
 
-def _quadrature(operator: Any, probe: Tensor, steps: int) -> tuple[Tensor, Tensor, int]:
+def _quadrature(matrix: LinearMap, probe: Tensor, steps: int) -> tuple[Tensor, Tensor, int]:
     """Nodes [steps] and weights [steps] for one probe, and the number of products."""
-    krylov = Krylov(operator, steps, 1, None)
+    krylov = Krylov(matrix, steps, 1, None)
     krylov.start(probe.unsqueeze(1))
     while krylov.pending and krylov.done < steps:
         krylov.step()

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from twofold.curvature.differentiable import full_precision
-from twofold.curvature.probes import check_count, check_square, product_of, rademacher
+from twofold.curvature.linear_map import LinearMap
+from twofold.curvature.probes import check_count, rademacher
 from twofold.types import DiagonalEstimate
 
 
@@ -35,11 +36,11 @@ def diagonal(operator: Any, num_matvecs: int = 64, *, generator: torch.Generator
 
     Source: Bekas, Kokiopoulou & Saad 2007, "An estimator for the diagonal of a matrix", Appl. Numer. Math. 57.
     """
-    check_square(operator)
+    matrix = LinearMap(operator)
     check_count(num_matvecs)
     mean = squares = torch.zeros(())
-    for count, probe in enumerate(rademacher(operator, num_matvecs, generator), start=1):
-        sample = probe * product_of(operator, probe).to(probe.device, probe.dtype)
+    for count, probe in enumerate(rademacher(matrix, num_matvecs, generator), start=1):
+        sample = probe * (matrix @ probe)
         if count == 1:
             mean, squares = sample, torch.zeros_like(sample)
             continue

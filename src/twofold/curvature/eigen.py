@@ -10,13 +10,16 @@ from torch import Tensor
 
 from twofold.curvature.differentiable import full_precision
 from twofold.curvature.lanczos import ROUNDING, Krylov, norm_of
-from twofold.curvature.probes import check_count, check_square, vectors_of
+from twofold.curvature.linear_map import LinearMap
+from twofold.curvature.probes import check_count
 from twofold.errors import TwofoldError, TwofoldWarning
 from twofold.types import Eigenpairs
 
 Which: TypeAlias = Literal["LA", "SA", "LM", "BE"]
 
 _MISS_PROBABILITY = 0.05
+_DENSE = 1024
+"""Up to this size a matrix that resists is solved densely: a second or two, and 8 MB."""
 
 
 @full_precision()
@@ -39,17 +42,20 @@ def eigsh(
     shows one vector of a multiple eigenvalue: once k pairs have converged, a second look from a random vector that is
     orthogonal to them searches for what was missed, and the iteration goes on with what it finds. The look ends when a
     missed eigenvalue would have shown with a probability of 95 %, or after half as many products as came before it
-    (basis_size - k at least). A space that fits the basis (P <= basis_size) is solved densely, by P
-    products and k more for the residuals.
+    (basis_size - k at least). A space that fits the basis (P <= basis_size) is solved densely, by P products and k
+    more for the residuals; so is one of P <= 1024 that has not converged after P products, where max_matvecs allows.
 
     Args:
         operator: anything with .shape (P, P) and @: a twofold operator, a tensor, a SciPy operator.
         k: how many eigenpairs.
         which: SciPy's words: "LA" the largest, "SA" the smallest, "LM" the largest in magnitude, "BE" from both ends
             (one more from the high end if k is odd).
-        tol: a pair has converged when ||A v - lambda v|| <= tol * max|lambda|; None means 1e-8 in float64 and 1e-5 in
-            float32. The error of a separated eigenvalue is of the order of tol^2.
-        max_matvecs: most matrix-vector products, k for the residuals among them; None means max(1000, 50 k).
+        tol: a pair has converged when ||A v - lambda v|| <= tol * max|lambda|, relative to the largest of all
+            eigenvalues and not to each: eigenvalues near zero, as at the low end of a Gauss-Newton matrix, are known
+            to that absolute accuracy. None means 1e-8 in float64 and 1e-5 in float32; what rounding forbids (40 eps of
+            the operator's dtype) is not tried. The error of a separated eigenvalue is of the order of tol^2.
+        max_matvecs: most matrix-vector products, k for the residuals among them; None means max(1000, 50 k), and
+            2 P + k at least for P <= 1024.
         block_size: vectors multiplied at once, as A @ [P, block_size]. More than one finds multiple eigenvalues
             sooner, and pays where a product with several vectors is cheaper than several products.
         basis_size: vectors [P] held in memory, block_size more at times; None means max(2 k, k + 20) for blocks of
@@ -75,8 +81,8 @@ def eigsh(
     Source: Wu & Simon 2000, "Thick-restart Lanczos method for large symmetric eigenvalue problems", SIAM J. Matrix
     Anal. Appl. 22(2); the second look's confidence: Kuczynski & Wozniakowski 1992, ibid. 13(4).
     """
-    check_square(operator)
-    size = operator.shape[0]
+    matrix = LinearMap(operator)
+    size = matrix.shape[0]
     check_count(k, "k")
     if k > size:
         raise TwofoldError(f"k = {k} eigenpairs were asked of an operator that has {size}: shape {(size, size)}.")
@@ -85,23 +91,26 @@ def eigsh(
     check_count(block_size, "block_size")
     basis_size = max(2 * k, k + 10 * (block_size + 1)) if basis_size is None else basis_size
     check_count(basis_size, "basis_size", at_least=min(k + 2 * block_size, size))
-    max_matvecs = max(1000, 50 * k) if max_matvecs is None else max_matvecs
+    max_matvecs = max(1000, 50 * k, 2 * size + k if size <= _DENSE else 0) if max_matvecs is None else max_matvecs
     check_count(max_matvecs, "max_matvecs", at_least=2 * k + block_size - 1)
-    dtype, _ = vectors_of(operator)
-    tol = (1e-8 if dtype == torch.float64 else 1e-5) if tol is None else tol
+    tol = (1e-8 if matrix.dtype == torch.float64 else 1e-5) if tol is None else tol
     if not 0 <= tol < 1:
         raise TwofoldError(f"tol must be a fraction of the largest eigenvalue, in [0, 1); {tol!r} came.")
+    tol = max(tol, 4 * ROUNDING * matrix.eps)
 
     given = None if v0 is None else _check_start(v0, size)
-    krylov = Krylov(operator, min(basis_size, size), block_size, generator)
-    tol = max(tol, 4 * ROUNDING * krylov.eps)
-    if size <= basis_size and size + k <= max_matvecs:
-        krylov.span_everything()
-    else:
+    krylov = Krylov(matrix, min(basis_size, size), block_size, generator)
+    fits = size <= basis_size and size + k <= max_matvecs
+    # A small matrix never takes more than 2 P products: what resists P of them is solved by P more.
+    may_fall_back = size <= _DENSE and 2 * size + k <= max_matvecs
+    if not fits:
         krylov.start(given)
         # Half, so that the residuals of the result are within tol with their bound on rounding.
-        if _iterate(krylov, k, which, tol / 2, max_matvecs - k):
+        if _iterate(krylov, k, which, tol / 2, size if may_fall_back else max_matvecs - k):
             return _result(krylov, k, tol, max_matvecs)
+    if fits or may_fall_back:
+        krylov = Krylov(matrix, size, block_size, num_matvecs=krylov.num_matvecs)
+        krylov.span_everything()
     values, mixing, _ = krylov.ritz()
     krylov.lock(mixing[:, _best_first(values, which)[:k]], tol)
     return _result(krylov, k, tol, max_matvecs)
@@ -120,7 +129,7 @@ def _check_start(v0: Tensor, size: int) -> Float[Tensor, "P m"]:
 
 def _iterate(krylov: Krylov, k: int, which: Which, tol: float, budget: int) -> bool:
     """Run until the first k rows are converged pairs and a second look finds no better; False on a spent budget."""
-    while krylov.num_matvecs + max(krylov.pending, 1) <= budget and _advance(krylov, k, which):
+    while _affordable(krylov, budget) and _advance(krylov, k, which):
         values, mixing, residuals = krylov.ritz()
         wanted = _best_first(values, which)[:k]
         if len(wanted) == k and (residuals[wanted] <= tol * krylov.scale).all():
@@ -128,6 +137,10 @@ def _iterate(krylov: Krylov, k: int, which: Which, tol: float, budget: int) -> b
             if _nothing_missed(krylov, values[wanted], which, tol, budget):
                 return True
     return False
+
+
+def _affordable(krylov: Krylov, budget: int) -> bool:
+    return krylov.num_matvecs + max(krylov.pending, 1) <= budget
 
 
 def _advance(krylov: Krylov, k: int, which: Which, locked: int = 0) -> bool:
@@ -140,7 +153,9 @@ def _advance(krylov: Krylov, k: int, which: Which, locked: int = 0) -> bool:
 
 
 def _nothing_missed(krylov: Krylov, found: Float[Tensor, "k"], which: Which, tol: float, budget: int) -> bool:
-    """Look for better eigenvalues from a random vector orthogonal to the k locked pairs; False as soon as one shows.
+    """Look for better eigenvalues from a random vector orthogonal to the k locked pairs.
+
+    False as soon as one shows, or where the budget does not last.
 
     After s steps with Ritz values theta_i and couplings beta_i, the random r obeys |r_1| prod|x - theta_i| <=
     prod beta_i for its component r_1 along an eigenvector of eigenvalue x. So an eigenvector beyond x can be there only
@@ -152,10 +167,12 @@ def _nothing_missed(krylov: Krylov, found: Float[Tensor, "k"], which: Which, tol
     k, slack = len(found), tol * krylov.scale
     low, high = (fence + side * slack for fence, side in zip(_fences(found, which), (-1, 1), strict=True))
     fences = torch.tensor([x for x in (low, high) if math.isfinite(x)], dtype=torch.float64)
-    enough = math.log(math.sqrt(krylov.operator.shape[0]) / _MISS_PROBABILITY)
-    end = min(budget, krylov.num_matvecs + max(len(krylov.T) - k, krylov.num_matvecs // 2))
+    enough = math.log(math.sqrt(krylov.matrix.shape[0]) / _MISS_PROBABILITY)
+    end = krylov.num_matvecs + max(len(krylov.T) - k, krylov.num_matvecs // 2)
     restarted = False
     while krylov.num_matvecs < end:
+        if not _affordable(krylov, budget):
+            return False
         restarted |= not krylov.has_room
         if not _advance(krylov, k, which, locked=k):
             return True
@@ -201,9 +218,10 @@ def _fences(found: Float[Tensor, "k"], which: Which) -> tuple[float, float]:
 def _result(krylov: Krylov, k: int, tol: float, max_matvecs: int) -> Eigenpairs:
     """The first k rows as eigenpairs, their values and residuals computed anew."""
     vectors = krylov.basis.rows[:k].clone()
-    vectors /= torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
+    # torch sums float32 norms of a million entries on the CPU to 1e-5.
+    vectors /= torch.linalg.vector_norm(vectors, dim=1, keepdim=True, dtype=torch.float64)
     rayleigh, residuals = [], []
-    rounding = ROUNDING * krylov.eps * krylov.scale
+    rounding = ROUNDING * krylov.matrix.eps * krylov.scale
     for rows in vectors.split(krylov.block_size):
         for row, product in zip(rows, krylov.multiply(rows), strict=True):
             rayleigh.append(torch.dot(row.double(), product.double()))

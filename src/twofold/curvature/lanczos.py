@@ -1,16 +1,18 @@
 """Block Lanczos with full orthogonalisation: what eigenpairs and spectral densities stand on."""
 
 import math
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from twofold.curvature.probes import generator_for, product_of, vectors_of
-from twofold.errors import NotFiniteError, TwofoldError
+from twofold.curvature.linear_map import LinearMap
+from twofold.curvature.probes import generator_for
+from twofold.errors import TwofoldError
 
 _CHUNK = 1 << 16
+_LONG_CHUNK = 1 << 12
+_MOST_PASSES = 5
 
 ROUNDING = 10
 """How far rounding may move a product, in units of eps ||A||."""
@@ -19,7 +21,7 @@ ROUNDING = 10
 class Basis:
     """Up to `capacity` orthonormal vectors, the rows of one block of memory [capacity, P].
 
-    Orthogonalisation is always against all of them and always done twice, which keeps V'V = I to rounding ("twice is
+    Orthogonalisation is always against all of them, in two passes at least, which keeps V'V = I to rounding ("twice is
     enough", Giraud et al. 2005). That is what rules out ghosts, the repeated copies of one eigenvalue that Lanczos
     without it returns.
 
@@ -28,25 +30,39 @@ class Basis:
         size: how many vectors it holds.
     """
 
-    def __init__(self, operator: Any, capacity: int, generator: torch.Generator | None) -> None:
-        dtype, device = vectors_of(operator)
-        self.rows = torch.empty(capacity, operator.shape[0], dtype=dtype, device=device)
+    def __init__(self, matrix: LinearMap, capacity: int, generator: torch.Generator | None) -> None:
+        self.rows = torch.empty(capacity, matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
         self.size = 0
-        self._generator = generator_for(device, generator)
+        self._generator = generator_for(matrix.device, generator)
 
-    def orthogonalise(self, vector: Float[Tensor, "P"]) -> tuple[Float[Tensor, "size"], float]:
+    def orthogonalise(self, vector: Float[Tensor, "P"], first: int = 0) -> tuple[Float[Tensor, "size"], float]:
         """Take the basis out of a vector in place.
+
+        A pass reads the whole basis twice from memory, which is what it costs. So the first one takes out only the rows
+        from `first` on, those that the vector is known to lean on; the second takes out all, and is repeated as long
+        as it takes out more than it leaves.
 
         Returns:
             The coefficients V'w (float64, on the CPU) and the norm of what is left.
         """
-        held = self.rows[: self.size]
-        coefficients = torch.zeros(self.size, dtype=torch.float64)
-        for _ in range(2):
-            part = held @ vector
-            torch.addmv(vector, held.T, part, alpha=-1, out=vector)
-            coefficients += part.double().cpu()
-        return coefficients, norm_of(vector)
+        coefficients, left = torch.zeros(self.size, dtype=torch.float64), 0.0
+        coefficients[first:] = self._taken_out(vector, first)
+        for _ in range(1, _MOST_PASSES):
+            part = self._taken_out(vector, 0)
+            coefficients += part
+            left = norm_of(vector)
+            if norm_of(part) < left:
+                break
+        return coefficients, left
+
+    def _taken_out(self, vector: Float[Tensor, "P"], first: int) -> Float[Tensor, "n"]:
+        """Subtract V V'w for the rows from `first` on, and return V'w."""
+        held = self.rows[first : self.size]
+        part = held @ vector
+        # By pieces that stay in the cache while the rows pass.
+        for columns, piece in zip(held.split(_CHUNK, dim=1), vector.split(_CHUNK), strict=True):
+            torch.addmv(piece, columns.T, part, alpha=-1, out=piece)
+        return part.double().cpu()
 
     def append(self, vector: Float[Tensor, "P"], norm: float) -> None:
         """Add a vector that is orthogonal to the basis and has this norm."""
@@ -71,26 +87,35 @@ class Basis:
         """Replace the first rows by linear combinations of them, in place: memory for one more basis is not needed."""
         old, new = mixing.shape
         mixing = mixing.T.to(self.rows.device, torch.float64)
-        for columns in self.rows.split(_CHUNK, dim=1):
+        for columns in self.rows.split(_LONG_CHUNK, dim=1):
             columns[:new] = (mixing @ columns[:old].double()).to(columns.dtype)
 
 
 class Krylov:
     """V, and T = V'AV, with A V[:done] = V T[:, :done]: the rows from `done` on are not yet multiplied ("pending")."""
 
-    def __init__(self, operator: Any, basis_size: int, block_size: int, generator: torch.Generator | None) -> None:
-        self.operator = operator
+    def __init__(
+        self,
+        matrix: LinearMap,
+        basis_size: int,
+        block_size: int,
+        generator: torch.Generator | None = None,
+        *,
+        num_matvecs: int = 0,
+    ) -> None:
+        self.matrix = matrix
         self.block_size = block_size
-        capacity = min(basis_size + block_size, operator.shape[0])
-        self.basis = Basis(operator, capacity, generator)
-        self.eps = torch.finfo(self.basis.rows.dtype).eps
+        capacity = min(basis_size + block_size, matrix.shape[0])
+        self.basis = Basis(matrix, capacity, generator)
         self.T = torch.zeros(capacity, capacity, dtype=torch.float64)
         self.done = 0
-        self.num_matvecs = 0
+        self.num_matvecs = num_matvecs
         self.scale = 0.0
         """The largest ||A v|| met, which bounds ||A|| from below."""
         self.locked_residual = 0.0
         """The largest residual, relative to the scale, that was dropped when vectors were locked."""
+        self._leans_on = [0 if row < block_size else row for row in range(capacity)]
+        """For each row v, the first row that A v has a part along, rounding aside."""
 
     @property
     def pending(self) -> int:
@@ -101,7 +126,7 @@ class Krylov:
     def has_room(self) -> bool:
         """Whether the pending vectors can be multiplied and followed by as many."""
         most = len(self.T)
-        return self.basis.size + self.pending <= most or most == self.operator.shape[0]
+        return self.basis.size + self.pending <= most or most == self.matrix.shape[0]
 
     def start(self, given: Float[Tensor, "P m"] | None) -> None:
         """Fill the pending block: sums of every block_size-th vector given, then random ones."""
@@ -112,7 +137,7 @@ class Krylov:
                 vector = given[:, first :: self.block_size].sum(1)
                 size = norm_of(vector)
                 _, left = self.basis.orthogonalise(vector)
-                if left > math.sqrt(self.eps) * size:
+                if left > math.sqrt(torch.finfo(given.dtype).eps) * size:
                     self.basis.append(vector, left)
         while self.basis.size < self.block_size and self.basis.append_random():
             pass
@@ -122,15 +147,17 @@ class Krylov:
         torch.eye(len(self.T), out=self.basis.rows)
         self.basis.size = len(self.T)
         products = torch.cat([self.multiply(rows) for rows in self.basis.rows.split(self.block_size)])
+        self.scale = torch.linalg.vector_norm(products, dim=1, dtype=torch.float64).max().item()
         self._check_symmetric((products - products.T).abs().max().item())
         self.T = (products + products.T).double().cpu() / 2
         self.done = self.basis.size
 
     def multiply(self, rows: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:
-        """A times the rows."""
-        products = finite_product(self.operator, rows)
+        """A times the rows, one vector alone as [P] and several as [P, K]."""
+        products = (self.matrix @ rows[0]).unsqueeze(0) if len(rows) == 1 else (self.matrix @ rows.T).T
+        # An operator may return its own memory, or the very vector that it was given.
+        products = products.clone(memory_format=torch.contiguous_format)
         self.num_matvecs += len(rows)
-        self.scale = max(self.scale, *map(norm_of, products))
         return products
 
     def step(self) -> bool:
@@ -140,12 +167,14 @@ class Krylov:
         block = range(self.done, self.basis.size)
         products = self.multiply(self.basis.rows[block.start : block.stop])
         for row, product in zip(block, products, strict=True):
-            coefficients, left = self.basis.orthogonalise(product)
+            coefficients, left = self.basis.orthogonalise(product, self._leans_on[row])
             size = len(coefficients)
+            self.scale = max(self.scale, math.hypot(norm_of(coefficients), left))
             if row:
                 self._check_symmetric((coefficients[:row] - self.T[row, :row]).abs().max().item())
             self.T[row, :size] = self.T[:size, row] = coefficients
-            if left > ROUNDING * self.eps * self.scale and size < len(self.T):
+            if left > ROUNDING * self.matrix.eps * self.scale and size < len(self.T):
+                self._leans_on[size] = row
                 self.basis.append(product, left)
                 self.T[row, size] = self.T[size, row] = left
         self.done = block.stop
@@ -153,9 +182,10 @@ class Krylov:
 
     def _check_symmetric(self, difference: float) -> None:
         """Compare v_i'A v_j with v_j'A v_i, known from before."""
-        if difference > (10 * math.sqrt(self.eps) + self.locked_residual) * self.scale:
+        allowed = (10 * math.sqrt(self.matrix.eps) + self.locked_residual) * self.scale
+        if difference > allowed + torch.finfo(self.matrix.dtype).tiny:
             raise TwofoldError(
-                f"{type(self.operator).__name__} is not symmetric: u'Av and v'Au differ by {difference:.2g} for unit "
+                f"{self.matrix.name} is not symmetric: u'Av and v'Au differ by {difference:.2g} for unit "
                 f"vectors u and v, where ||Av|| reaches {self.scale:.2g}. Lanczos needs A = A'; pass (A + A') / 2 if "
                 "that is what you mean, and look for products that are not repeatable (dropout, shuffled data)."
             )
@@ -179,6 +209,7 @@ class Krylov:
         self.T[kept : kept + pending, :kept] = coupling
         self.T[:kept, kept : kept + pending] = coupling.T
         self.done, self.basis.size = kept, kept + pending
+        self._leans_on = [locked if row < kept + pending else row for row in range(len(self.T))]
 
     def lock(self, mixing: Float[Tensor, "n kept"], tol: float) -> None:
         """Keep combinations of the rows alone: what couples them to the pending block, at most tol, is dropped."""
@@ -190,25 +221,3 @@ class Krylov:
 def norm_of(vector: Tensor) -> float:
     """The norm, summed in float64."""
     return torch.linalg.vector_norm(vector, dtype=torch.float64).item()
-
-
-def finite_product(operator: Any, vectors: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:
-    """The operator times the rows, one vector alone as [P] and several as [P, K].
-
-    Raises:
-        TwofoldError: the product has another shape, or is not finite.
-    """
-    given = vectors[0] if len(vectors) == 1 else vectors.T
-    product = product_of(operator, given).to(vectors.device, vectors.dtype)
-    if product.shape != given.shape:
-        raise TwofoldError(
-            f"{type(operator).__name__} @ [{', '.join(map(str, given.shape))}] gave shape {tuple(product.shape)}; "
-            "a product must have the shape of the vectors."
-        )
-    product = product.reshape(1, -1) if len(vectors) == 1 else product.T.contiguous()
-    if not torch.isfinite(product).all():
-        raise NotFiniteError(
-            f"{type(operator).__name__} @ v is not finite for a finite v: it holds NaN or infinity, or overflows "
-            f"{vectors.dtype}. Look for diverged parameters or NaN in the data, or measure in float64."
-        )
-    return product

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 
 from twofold.curvature.differentiable import full_precision
-from twofold.curvature.probes import check_count, check_square, product_of, rademacher, root_of, summarise
+from twofold.curvature.linear_map import LinearMap
+from twofold.curvature.probes import check_count, rademacher, root_of, summarise
 from twofold.types import Estimate
 
 
@@ -30,7 +31,7 @@ def frobenius_norm(operator: Any, num_matvecs: int = 64, *, generator: torch.Gen
         >>> float(frobenius_norm(torch.diag(torch.tensor([3.0, 4.0])), num_matvecs=4))
         5.0
     """
-    check_square(operator)
+    matrix = LinearMap(operator)
     check_count(num_matvecs)
-    products = (product_of(operator, probe).double() for probe in rademacher(operator, num_matvecs, generator))
+    products = ((matrix @ probe).double() for probe in rademacher(matrix, num_matvecs, generator))
     return root_of(summarise([product.square().sum().item() for product in products]))

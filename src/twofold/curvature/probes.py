@@ -5,25 +5,12 @@ from collections.abc import Iterator, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from twofold.errors import TwofoldError
 from twofold.types import Estimate
-
-
-def check_square(operator: Any) -> None:
-    """Refuse what is no square real matrix."""
-    shape = tuple(getattr(operator, "shape", ()))
-    if len(shape) != 2 or shape[0] != shape[1] or not hasattr(operator, "__matmul__"):
-        raise TwofoldError(
-            f"Expected an operator with .shape (P, P) and @; {type(operator).__name__} has shape {shape}."
-        )
-    dtype = getattr(operator, "dtype", None)
-    if (isinstance(dtype, torch.dtype) and dtype.is_complex) or (isinstance(dtype, np.dtype) and dtype.kind == "c"):
-        raise TwofoldError(f"Expected a real operator; {type(operator).__name__} has dtype {dtype}.")
 
 
 def check_count(count: int, name: str = "num_matvecs", *, at_least: int = 1) -> None:
@@ -43,37 +30,13 @@ def generator_for(device: torch.device, generator: torch.Generator | None) -> to
     return private_generator(device) if generator is None else generator
 
 
-def vectors_of(operator: Any) -> tuple[torch.dtype, torch.device]:
-    """The dtype and device of the vectors that an operator is asked about: its own, in float32 at least.
-
-    float64 on the CPU if it has none, or is of integers.
-    """
-    dtype, device = getattr(operator, "dtype", None), getattr(operator, "device", None)
-    if isinstance(dtype, np.dtype) and dtype.kind == "f" and dtype.itemsize <= 4:
-        dtype = torch.float32
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        dtype = torch.float64
-    device = torch.device(device) if isinstance(device, torch.device) else torch.device("cpu")
-    return torch.promote_types(dtype, torch.float32), device
-
-
 def rademacher(operator: Any, num_probes: int, generator: torch.Generator | None) -> Iterator[Float[Tensor, "P"]]:
-    """Yield probes [P] with entries +-1."""
-    dtype, device = vectors_of(operator)
-    generator = generator_for(device, generator)
+    """Yield probes [P] with entries +-1, in float32 at least."""
+    dtype = torch.promote_types(operator.dtype, torch.float32)
+    generator = generator_for(operator.device, generator)
     for _ in range(num_probes):
         signs = torch.randint(2, (operator.shape[1],), generator=generator, device=generator.device)
-        yield signs.to(device, dtype).mul_(2).sub_(1)
-
-
-def product_of(operator: Any, vectors: Float[Tensor, "P *K"]) -> Tensor:
-    """The operator times vectors [P] or [P, K], also where it is of integers or half precision or speaks NumPy."""
-    dtype = getattr(operator, "dtype", None)
-    if not isinstance(dtype, torch.dtype):
-        return torch.from_numpy(np.asarray(operator @ vectors.cpu().numpy()))
-    if dtype.is_floating_point:
-        return operator @ vectors.to(dtype)
-    return operator.to(vectors.dtype) @ vectors
+        yield signs.to(operator.device, dtype).mul_(2).sub_(1)
 
 
 def summarise(samples: Sequence[float]) -> Estimate:

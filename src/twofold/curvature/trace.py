@@ -7,15 +7,8 @@ import torch
 from torch import Tensor
 
 from twofold.curvature.differentiable import full_precision
-from twofold.curvature.probes import (
-    check_count,
-    check_square,
-    generator_for,
-    product_of,
-    rademacher,
-    summarise,
-    vectors_of,
-)
+from twofold.curvature.linear_map import LinearMap
+from twofold.curvature.probes import check_count, generator_for, rademacher, summarise
 from twofold.errors import TwofoldError
 from twofold.types import Estimate
 
@@ -62,32 +55,31 @@ def trace(
 
     Source: Hutchinson 1990, Commun. Stat. Simul. Comput. 19(2); XTrace, normalised: 2301.07825.
     """
-    check_square(operator)
+    matrix = LinearMap(operator)
     if method == "hutchinson":
         check_count(num_matvecs)
-        return summarise([_quadratic_form(operator, probe) for probe in rademacher(operator, num_matvecs, generator)])
+        return summarise([_quadratic_form(matrix, probe) for probe in rademacher(matrix, num_matvecs, generator)])
     if method == "xtrace":
         check_count(num_matvecs, at_least=2)
-        return _xtrace(operator, num_matvecs, generator)
+        return _xtrace(matrix, num_matvecs, generator)
     raise TwofoldError(f'method must be "hutchinson" or "xtrace"; {method!r} came.')
 
 
-def _quadratic_form(operator: Any, probe: Tensor) -> float:
-    return torch.dot(probe.double(), product_of(operator, probe).double()).item()
+def _quadratic_form(matrix: LinearMap, probe: Tensor) -> float:
+    return torch.dot(probe.double(), (matrix @ probe).double()).item()
 
 
-def _xtrace(operator: Any, num_matvecs: int, generator: torch.Generator | None) -> Estimate:
+def _xtrace(matrix: LinearMap, num_matvecs: int, generator: torch.Generator | None) -> Estimate:
     """One estimate for each probe w_i: tr Q_i'AQ_i + c (w_i - Q_i u)'A(w_i - Q_i u), Q_i the basis without probe i.
 
     Q_i Q_i' = Q Q' - (Q s_i)(Q s_i)' for the unit s_i orthogonal to all columns of R but the i-th, where A W = Q R; so
     all estimates follow from products of small matrices. c makes ||w_i - Q_i u||^2 its mean.
     """
-    size = operator.shape[0]
-    dtype, device = vectors_of(operator)
+    size, dtype, device = matrix.shape[0], matrix.dtype, matrix.device
     generator = generator_for(device, generator)
     probes = torch.randn(size, min(num_matvecs // 2, size), generator=generator, device=generator.device, dtype=dtype)
     probes = (probes * (size**0.5 / torch.linalg.vector_norm(probes, dim=0))).to(device)
-    images = _products(operator, probes)
+    images = _products(matrix, probes)
     Q, R = torch.linalg.qr(images)
     left, singular, right = torch.linalg.svd(R.double())
     rank = int((singular > len(R) * torch.finfo(dtype).eps * singular[0]).sum())
@@ -98,7 +90,7 @@ def _xtrace(operator: Any, num_matvecs: int, generator: torch.Generator | None) 
         # The range is found already, and the other probes span it without probe i.
         Q, R = Q @ left[:, :rank].to(dtype), singular[:rank, None] * right[:rank]
         S = torch.zeros_like(R)
-    through = _products(operator, Q)
+    through = _products(matrix, Q)
     H, T, W, R = (Q.T @ through).double(), (through.T @ probes).double(), (Q.T @ probes).double(), R.double()
     dots = (S * W).sum(0)
     U = W - S * dots
@@ -110,7 +102,7 @@ def _xtrace(operator: Any, num_matvecs: int, generator: torch.Generator | None) 
     return Estimate(spread.value, spread.stderr * math.sqrt(_SHARED_PROBES), probes.shape[1] + rank)
 
 
-def _products(operator: Any, vectors: Tensor) -> Tensor:
+def _products(matrix: LinearMap, vectors: Tensor) -> Tensor:
     """The operator times vectors [P, K], one at a time."""
-    columns = [product_of(operator, vector.contiguous()).to(vectors.device, vectors.dtype) for vector in vectors.T]
+    columns = [matrix @ vector.contiguous() for vector in vectors.T]
     return torch.stack(columns, dim=1) if columns else torch.empty_like(vectors)
