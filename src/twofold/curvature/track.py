@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from twofold.curvature.differentiable import full_precision
 from twofold.curvature.lanczos import Krylov, norm_of
+from twofold.curvature.linear_map import LinearMap
 from twofold.curvature.operators import GaussNewton, Hessian, SymmetricOperator
 from twofold.curvature.probes import check_count, private_generator, rademacher
 from twofold.curvature.products import Products
@@ -244,7 +245,7 @@ class Tracker:
         if last is not None:
             start *= _FRESH / norm_of(start)
             start += last
-        krylov = Krylov(operator, most, 1, generator)
+        krylov = Krylov(LinearMap(operator), most, 1, generator)
         krylov.start(start.unsqueeze(1))
         while krylov.pending and krylov.done < most:
             krylov.step()
