@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import twofold
 from models import MODELS
-from peers import Batches, helped, installed, without_statistics
+from peers import Batches, helped, installed, lanczos_by_scipy, without_statistics
 from results import Table, show
 from timing import interleaved
 
@@ -31,7 +31,7 @@ LIMITS = {  # H v, GN v, all three
 TOLERANCE = 1e-3
 """How far a product in float32 may be from ours before it counts as another matrix's."""
 LOSS = nn.CrossEntropyLoss()
-PROBES, STEPS, NUM_BATCHES = 4, 50, 8
+PROBES, STEPS, NUM_BATCHES = 2, 50, 8
 
 Row = dict[str, Any]
 Variants = dict[str, Callable[[], object]]
@@ -77,10 +77,10 @@ class Setting:
             found[name] = (hessian, gauss_newton)
         return found
 
-    def timed(self, variants: Variants, *, rounds: int, warm_up: int, gradients: int = 1) -> dict[str, float]:
-        """Times of all variants in gradients, each taken in a round with all others."""
+    def timed(self, variants: Variants, *, rounds: int, seconds: float, gradients: int = 1) -> dict[str, float]:
+        """Times of all variants in gradients; `gradients` are taken at once where a round holds much more."""
         base: Variants = {"gradient": lambda: [self.gradient() for _ in range(gradients)]}
-        times = interleaved(base | variants, base="gradient", rounds=rounds, warm_up=warm_up)
+        times = interleaved(base | variants, base="gradient", rounds=rounds, warm_up=rounds > 1, seconds=seconds)
         return {name: time * gradients for name, time in times.items()}
 
 
@@ -99,7 +99,7 @@ def products(setting: Setting) -> list[Row]:
             if operator is not None:
                 variants[f"{name} {what}"] = lambda operator=operator: operator @ setting.vector()
     with setting.attention():
-        times = setting.timed(variants, rounds=9, warm_up=2)
+        times = setting.timed(variants, rounds=5, seconds=8)
     h, gn, three = LIMITS[setting.name]
     rows = [{"measure": "gradient, ms", "twofold": times["ms"]}]
     for measure, limit in (("H v", h), ("GN v", gn), ("NME v", h), ("all three", three)):
@@ -130,7 +130,7 @@ def traces(setting: Setting) -> list[Row]:
         if None not in pair:
             variants[name] = lambda pair=pair, name=name: [setting.peers[name].trace(part, PROBES) for part in pair]
     with setting.attention():
-        times = setting.timed(variants, rounds=3, warm_up=1, gradients=2)
+        times = setting.timed(variants, rounds=3, seconds=4, gradients=2)
     return [{"measure": "all traces, a probe"} | _each(times, variants, PROBES)]
 
 
@@ -145,11 +145,16 @@ def lanczos(setting: Setting) -> list[Row]:
         peer = setting.peers[name]
         return peer.lanczos(peer.hessian(setting.helped_model, LOSS, [setting.batch]), STEPS)
 
+    def scipy() -> None:
+        lanczos_by_scipy(setting.peers["curvlinops"].hessian(setting.helped_model, LOSS, [setting.batch]), STEPS)
+
     variants: Variants = {"twofold": ours} | {name: lambda name=name: theirs(name) for name in setting.peers}
+    if "curvlinops" in setting.peers:
+        variants["curvlinops in SciPy"] = scipy
     with setting.attention(), warnings.catch_warnings():
         warnings.simplefilter("ignore", twofold.TwofoldWarning)
         assert ours().num_matvecs == STEPS
-        times = setting.timed(variants, rounds=2 if setting.peers else 1, warm_up=0, gradients=5)
+        times = setting.timed(variants, rounds=1, seconds=8, gradients=10)
     limit = LIMITS[setting.name][0]
     return [{"measure": f"{STEPS} Lanczos steps, a step", "limit": limit} | _each(times, variants, STEPS)]
 
@@ -162,7 +167,7 @@ def many_batches(setting: Setting) -> list[Row]:
             h, gn = setting.operators(setting.batches)[name]
             variants[name] = lambda h=h, gn=gn: (h @ setting.vector(), gn @ setting.vector())
     with setting.attention():
-        times = setting.timed(variants, rounds=3, warm_up=1, gradients=4)
+        times = setting.timed(variants, rounds=2, seconds=8, gradients=4)
     limit = 1 + LIMITS[setting.name][2]
     return [{"measure": f"{NUM_BATCHES} batches once, a batch", "limit": limit} | _each(times, variants, NUM_BATCHES)]
 
@@ -171,19 +176,25 @@ def _each(times: dict[str, float], variants: Variants, count: int) -> Row:
     return {name: times[name] / count for name in variants}
 
 
+def arranged(model: str, row: Row) -> Row:
+    """A row with its columns in the order of the table."""
+    columns = ["model", "measure", "twofold", "limit", *installed()]
+    return dict.fromkeys(columns) | {"model": model} | row
+
+
 def table(names: list[str]) -> Table:
     """Every measure on the named models; under it, where another library is cheaper."""
     rows: list[Row] = []
     for name in names:
         setting = Setting(name)
         for measure in (products, traces, lanczos, many_batches):
-            rows += [{"model": name} | row for row in measure(setting)]
+            rows += [arranged(name, row) for row in measure(setting)]
             print(Table("", rows[-1:]).markdown(), flush=True)
     cheaper = [
         f"{peer} is cheaper: {row['measure']} of {row['model']}, {row[peer]:.2f} against {row['twofold']:.2f}."
         for row in rows
         for peer in installed()
-        if row.get(peer, math.inf) < row["twofold"]
+        if (row[peer] or math.inf) < row["twofold"]
     ]
     return Table("curvature", rows, cheaper)
 
@@ -194,7 +205,7 @@ def speedups(costs: Table) -> Table:
     for measure in dict.fromkeys(row["measure"] for row in costs.rows):
         row = {"measure": measure}
         for peer in installed():
-            ratios = [r[peer] / r["twofold"] for r in costs.rows if r["measure"] == measure and r.get(peer)]
+            ratios = [r[peer] / r["twofold"] for r in costs.rows if r["measure"] == measure and r[peer]]
             if ratios:
                 row[peer] = f"{min(ratios):.2f} to {max(ratios):.2f}"
         if len(row) > 1:

@@ -5,10 +5,11 @@ in train mode without running statistics (`without_statistics`). Their checks fo
 timed. Adding a library: its functions, and a row in PEERS.
 """
 
+import contextlib
 import copy
 import importlib.util
+import itertools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,6 +90,23 @@ def _curvlinops_lanczos(operator: Any, steps: int) -> Tensor:
     return fast_lanczos(operator, steps)[0]
 
 
+def lanczos_by_scipy(operator: Any, steps: int) -> None:
+    """The same number of products in SciPy's eigsh, which orthogonalises, with a curvlinops operator."""
+    from scipy.sparse.linalg import LinearOperator, eigsh
+
+    class Enough(Exception):  # noqa: N818
+        pass
+
+    def product(vector: Any) -> Any:
+        if next(count) == steps:
+            raise Enough
+        return exported.matvec(vector)
+
+    count, exported = itertools.count(), operator.to_scipy(dtype="float32")
+    with contextlib.suppress(Enough):
+        eigsh(LinearOperator(operator.shape, product, dtype="float32"), 10, which="LM", ncv=steps, tol=0)
+
+
 # hessian-eigenthings
 
 
@@ -154,7 +172,7 @@ def _pyhessian_lanczos(operator: _PyHessian, steps: int) -> Tensor:
         return torch.as_tensor(operator.computer.density(iter=steps, n_v=1)[0][0])
 
 
-@contextmanager
+@contextlib.contextmanager
 def _torch_eig() -> Iterator[None]:
     """PyHessian's density needs torch.eig, which torch has removed."""
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import curvature
+import memory
 import oracles
 import spectra
 from models import MODELS
@@ -17,6 +18,11 @@ def costs() -> Iterator[Table]:
     yield curvature.speedups(table)
 
 
+def peaks() -> Iterator[Table]:
+    """Of memory."""
+    yield memory.table(list(MODELS))
+
+
 def exact() -> Iterator[Table]:
     """What is right and what is not."""
     yield oracles.matrices()
@@ -24,7 +30,7 @@ def exact() -> Iterator[Table]:
     yield spectra.spectra()
 
 
-PARTS: dict[str, Callable[[], Iterator[Table]]] = {"exact": exact, "costs": costs}
+PARTS: dict[str, Callable[[], Iterator[Table]]] = {"exact": exact, "costs": costs, "peaks": peaks}
 
 if __name__ == "__main__":
     for part in sys.argv[1:] or PARTS:

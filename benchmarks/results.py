@@ -20,7 +20,7 @@ PAGE = ROOT / "docs" / "benchmarks.md"
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of one table, each a mapping from column to value; columns are those of all rows in order of appearance.
+    """Rows of one table, each a mapping from column to value; columns are those with a value in some row.
 
     Attributes:
         name: the CSV's name and the place in docs/benchmarks.md.
@@ -34,7 +34,10 @@ class Table:
 
     @property
     def columns(self) -> list[str]:
-        return list(dict.fromkeys(column for row in self.rows for column in row))
+        return list(dict.fromkeys(column for row in self.rows for column in row if self._has(column)))
+
+    def _has(self, column: str) -> bool:
+        return any(row.get(column) is not None for row in self.rows)
 
     def markdown(self) -> str:
         """The table, floats by two decimals or three digits."""
@@ -46,7 +49,7 @@ class Table:
         """Write results/<name>.csv."""
         RESULTS.mkdir(exist_ok=True)
         with (RESULTS / f"{self.name}.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, self.columns, lineterminator="\n")
+            writer = csv.DictWriter(file, self.columns, extrasaction="ignore", lineterminator="\n")
             writer.writeheader()
             writer.writerows(
                 {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in self.rows

@@ -14,15 +14,19 @@ torch.set_num_threads(1)
 
 
 def interleaved(
-    variants: dict[str, Callable[[], object]], *, base: str, rounds: int = 15, warm_up: int = 2
+    variants: dict[str, Callable[[], object]], *, base: str, rounds: int = 15, warm_up: int = 2, seconds: float = 0
 ) -> dict[str, float]:
-    """Return the median time of each variant over the median time of `base`, and base's milliseconds as "ms"."""
+    """Return the median time of each variant over the median time of `base`, and base's milliseconds as "ms".
+
+    There are `rounds` rounds, and more until `seconds` are spent.
+    """
     for _ in range(warm_up):
         for run in variants.values():
             run()
     times: dict[str, list[float]] = {name: [] for name in variants}
     names, shuffle = list(variants), random.Random(0).shuffle
-    for _ in range(rounds):
+    begin = time.process_time()
+    while len(times[base]) < rounds or time.process_time() - begin < seconds:
         # Each pays for the memory that the one before gave back, so all follow all.
         shuffle(names)
         for name in names:
