@@ -235,6 +235,27 @@ def test_labels_are_fixed_at_construction():
     assert relative(kept @ v, first) > 1e-3
 
 
+@pytest.mark.parametrize(
+    "context",
+    [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)],
+    ids=["no_grad", "inference_mode", "autocast"],
+)
+def test_the_callers_context_changes_nothing(context):
+    case = classification(mlp(4, 5, 3).float())
+    x, y = case.batches[0]
+    c = twofold.Curvature(case.model, case.loss_fn, (x.float(), y))
+    operators = (c.fisher(), c.fisher("empirical"), c.jacobian, c.hessian.block("*"), c.fisher().block("*"))
+    products = [operator @ torch.ones(43, dtype=torch.float32) for operator in operators]
+    with context():
+        fresh = twofold.Curvature(case.model, case.loss_fn, (x.float(), y))
+        operators = (
+            *(fresh.fisher(), fresh.fisher("empirical"), fresh.jacobian),
+            *(fresh.hessian.block("*"), fresh.fisher().block("*")),
+        )
+        for operator, product in zip(operators, products, strict=True):
+            assert torch.equal(operator @ torch.ones(43, dtype=torch.float32), product)
+
+
 def test_it_is_an_operator_like_the_others():
     case = classification(mlp(4, 5, 3))
     c = twofold.Curvature(case.model, case.loss_fn, case.batches[0])

@@ -272,6 +272,7 @@ class Products:
             self._remember_random_state(index)
         return found, tree_map_only(Tensor, Tensor.detach, outputs), targets
 
+    @full_precision()
     def averaged(
         self,
         rows: Float[Tensor, "K P"],
