@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from twofold import TwofoldError
-from twofold.curvature.losses import Loss, as_loss
+from twofold.curvature.losses import Loss
+from twofold.curvature.torch_losses import as_loss
 
 pytestmark = pytest.mark.usefixtures("float64")
 

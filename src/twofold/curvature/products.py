@@ -26,8 +26,9 @@ from twofold.curvature.jet_rules import Jet, NotCarriedError
 from twofold.curvature.jets import Jets, Sources, carried, output_jets
 from twofold.curvature.jets import forms as forms_of
 from twofold.curvature.kinds import recorded_apart
-from twofold.curvature.losses import Loss, as_loss
+from twofold.curvature.losses import Loss
 from twofold.curvature.recording import OutputLoss, Recording, check_reached, saved_bytes
+from twofold.curvature.torch_losses import as_loss
 from twofold.errors import EMPTY_DATA, NOT_FINITE, NotFiniteError, TwofoldError
 from twofold.parameters import ParameterLayout, select_parameters
 from twofold.types import Forward, LossFn, Matrix, Mode, Params, Weight

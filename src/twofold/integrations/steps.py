@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from twofold.curvature.losses import Loss, OutputProduct, Residual, as_loss, is_torch_loss
+from twofold.curvature.losses import Loss, OutputProduct, Residual
+from twofold.curvature.torch_losses import as_loss, is_torch_loss
 from twofold.errors import TwofoldError
 from twofold.regularizers import Regularizer
 

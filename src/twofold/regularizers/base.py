@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from twofold.batches import describe
 from twofold.curvature.differentiable import ModuleState, unwrap
-from twofold.curvature.losses import as_loss
+from twofold.curvature.torch_losses import as_loss
 from twofold.errors import TwofoldError, TwofoldWarning
 from twofold.parameters import norm, select_parameters
 from twofold.regularizers.gradients import Gradients, accumulate, add_scaled, refuse_sparse

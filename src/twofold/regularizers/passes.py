@@ -23,10 +23,11 @@ from twofold.curvature.differentiable import (
     module_state_kept,
     refusals_named,
 )
-from twofold.curvature.losses import Loss, OutputProduct, Residual, as_loss
+from twofold.curvature.losses import Loss, OutputProduct, Residual
 from twofold.curvature.operators import Hessian
 from twofold.curvature.primitives import check_differentiable_thrice, differentiable_thrice
 from twofold.curvature.recording import Recording, refuse_reentrant
+from twofold.curvature.torch_losses import as_loss
 from twofold.errors import TwofoldError
 from twofold.regularizers.autocast import Autocast
 from twofold.regularizers.gradients import Gradients, unscaled
