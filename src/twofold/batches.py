@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
 from twofold.errors import EMPTY_DATA, NOT_A_BATCH, ONE_SHOT, SHUFFLING, TwofoldError
@@ -93,8 +93,29 @@ def to_device(batch: Any, device: torch.device) -> Any:
     """Move every tensor of a batch to `device`, off inference mode; a batch that is fine is returned as it is."""
     if all(tensor.device == device and not tensor.is_inference() for tensor in tensors_in(batch)):
         return batch
-    batch = dict(batch) if isinstance(batch, Mapping) else batch
-    return tree_map_only(Tensor, lambda t: t.to(device).clone() if t.is_inference() else t.to(device), batch)
+    return tree_map_only(Tensor, lambda t: t.to(device).clone() if t.is_inference() else t.to(device), _plain(batch))
+
+
+def _plain(batch: Any) -> Any:
+    """Turn mappings of any class inside a batch, such as those of a tokenizer, into dicts."""
+    return tree_map(lambda leaf: _plain(dict(leaf)) if isinstance(leaf, Mapping) else leaf, batch)
+
+
+def split(batch: Any, num_parts: int) -> list[Any]:
+    """Split every tensor of a batch along its first dimension.
+
+    Raises:
+        TwofoldError: the first dimensions differ, or are shorter than the number of parts.
+    """
+    leaves, spec = tree_flatten(_plain(batch))
+    sizes = {leaf.shape[0] if leaf.dim() else 0 for leaf in leaves if isinstance(leaf, Tensor)}
+    if len(sizes) != 1 or not num_parts <= min(sizes):
+        raise TwofoldError(
+            f"microbatches={num_parts} splits every tensor of the batch along its first dimension, which must be the "
+            f"same and at least {num_parts}; the batch is {describe(batch)}."
+        )
+    cut = [leaf.tensor_split(num_parts) if isinstance(leaf, Tensor) else [leaf] * num_parts for leaf in leaves]
+    return [tree_unflatten([pieces[i] for pieces in cut], spec) for i in range(num_parts)]
 
 
 def default_forward(model: nn.Module, batch: Any) -> tuple[Any, Any]:

@@ -33,6 +33,24 @@ Pass list(loader) to fix the batches, or build the loader with shuffle=False."""
 EMPTY_DATA = """\
 data holds no batch: {came} yielded nothing. A curvature matrix needs at least one batch (inputs, targets)."""
 
+DATA_CHANGED = """\
+Batch {index} of data changed between two readings: a curvature matrix reads its data several times and needs the same
+values each time. What is random in a data set must draw from torch's, NumPy's or Python's global generator (twofold
+replays these), a sampler must keep its order. Or read it once: pass list(loader)."""
+
+NOT_DETERMINISTIC = """\
+The loss of {where} changed between two forward passes at the same parameters: {culprit}.
+A curvature matrix runs its batches several times. Random numbers must come from torch's, NumPy's or Python's global
+generator, which twofold replays; switch other noise off, or measure with mode="eval"."""
+
+SPLITTING_MIXES = """\
+microbatches={count} would change the loss: {reason}. Leave microbatches out, measure with mode="eval" if that is what
+mixes the examples, or say with weight= how many terms a batch's loss averages."""
+
+RANKS_DIFFER = """\
+The {what} differ between the ranks of the group: a product over the group needs the same {what} on all of them.
+{remedy}"""
+
 NOT_SCALAR = """\
 The loss is not a scalar: loss_fn(outputs, targets) gave {came}.
 Let it average (reduction="mean") or sum (reduction="sum") over its terms."""

@@ -35,6 +35,9 @@ Mode: TypeAlias = Literal["train", "eval"] | None
 Matrix: TypeAlias = Literal["hessian", "gauss_newton", "nme", "activation_nme", "rest"]
 """One of the matrices of H = GN + NME and NME = activation NME (what carries phi'') + rest."""
 
+ProcessGroup: TypeAlias = Any
+"""A torch.distributed process group whose ranks each hold a shard of the data; None is this process alone."""
+
 Vectors: TypeAlias = Tensor | Mapping[str, Tensor]
 """[P], [P, K], or a mapping from parameter name to a tensor of the parameter's shape."""
 

@@ -165,10 +165,10 @@ def test_plain_products_use_the_recording_without_the_switch():
     c = curvature(case)
     v = torch.randn(c.layout.size)
     before = c.products(v)
-    assert len(c._products._kept) == 1
+    assert len(c._products.recordings.kept) == 1
     c.activation_nme @ v
-    assert len(c._products._kept) == 2
-    plain = [recording for recording in c._products._kept.values() if type(recording).__name__ == "Recording"]
+    assert len(c._products.recordings.kept) == 2
+    plain = [recording for recording in c._products.recordings.kept.values() if type(recording).__name__ == "Recording"]
     assert len(plain) == 1
     for a, b in zip(c.products(v), before, strict=True):
         assert torch.equal(a, b)

@@ -363,7 +363,7 @@ def test_its_graphs_leave_memory_without_the_garbage_collector():
     gc.disable()
     try:
         a = twofold.anatomy(case.model, case.loss_fn, case.batches[0], num_matvecs=1)
-        (recording,) = a.hessian._products._kept.values()  # one serves the gradient too
+        (recording,) = a.hessian._products.recordings.kept.values()  # one serves the gradient too
         ref = weakref.ref(recording.outputs[0])
         del recording, a
         assert ref() is None

@@ -154,7 +154,7 @@ def test_recordings_leave_memory_without_the_garbage_collector(part):
     try:
         c = twofold.Curvature(case.model, case.loss_fn, case.batches[0])
         c.products(torch.ones(c.hessian.shape[0]), parts=(part,))
-        (recording,) = c._products._kept.values()
+        (recording,) = c._products.recordings.kept.values()
         ref = weakref.ref(recording.outputs[0])
         del recording, c
         assert ref() is None

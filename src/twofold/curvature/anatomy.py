@@ -17,7 +17,7 @@ from twofold.curvature.operators import GaussNewton, SymmetricOperator, rows_of
 from twofold.curvature.probes import check_count, rademacher, root_of, summarise
 from twofold.curvature.products import Products
 from twofold.errors import TwofoldError
-from twofold.types import Estimate, Forward, LossFn, Mode, Params, Vectors, Weight
+from twofold.types import Estimate, Forward, LossFn, Mode, Params, ProcessGroup, Vectors, Weight
 
 LOSS, UNSEEN = "(loss)", "(unseen)"
 
@@ -46,7 +46,7 @@ class _Operations(SymmetricOperator):
     """What some of the operations add to the Hessian."""
 
     def __init__(self, products: Products, group: Callable[[Operation], Group], wanted: frozenset[Group]) -> None:
-        super().__init__(products.layout)
+        super().__init__(products.layout, products.group)
         self._products, self._group, self._wanted = products, group, wanted
 
     def _rows(self, rows: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:
@@ -152,6 +152,8 @@ def anatomy(
     mode: Mode = None,
     memory: int | None = None,
     weight: Weight | None = None,
+    microbatches: int = 1,
+    group: ProcessGroup = None,
     num_matvecs: int = 64,
     directions: Mapping[str, Vectors] | None = None,
     generator: torch.Generator | None = None,
@@ -184,6 +186,8 @@ def anatomy(
         mode: "train", "eval", or None for the model as it is.
         memory: bytes for kept recordings of a set of several batches (1 GiB when None); one batch is always kept.
         weight: weight(outputs, targets) -> how many terms a batch's loss averages.
+        microbatches: run each batch in so many pieces, at most; see `Curvature`.
+        group: a process group whose ranks each have a shard of the data; see `Curvature`.
         num_matvecs: Rademacher probes for traces and norms. One takes the time of about 8 gradients. The norms of
             kinds are sampled by ||Av||^2, those of modules by (v'Aw)^2 over pairs of probes, which is noisier and costs
             nothing more however many modules there are.
@@ -209,7 +213,8 @@ def anatomy(
         ['(loss)', '0', '1', '2', '(unseen)']
     """
     check_count(num_matvecs)
-    products = Products(model, loss_fn, data, params=params, forward=forward, mode=mode, memory=memory, weight=weight)
+    options: dict[str, Any] = {"params": params, "forward": forward, "mode": mode, "memory": memory, "weight": weight}
+    products = Products(model, loss_fn, data, microbatches=microbatches, group=group, **options)
     chosen = _directions(products, directions)
     forms = products.forms(torch.stack(list(chosen.values())), KINDS, _cell)
     measured = _Measured(chosen, forms, *_sample(products, num_matvecs, generator))

@@ -15,7 +15,19 @@ from twofold.curvature.operators import NME, ActivationNME, GaussNewton, Hessian
 from twofold.curvature.probes import check_count, cosine_of, rademacher, root_of, summarise
 from twofold.curvature.products import Products
 from twofold.errors import TwofoldError
-from twofold.types import BlockNorms, Estimate, Forward, InnerProduct, LossFn, Matrix, Mode, Params, Vectors, Weight
+from twofold.types import (
+    BlockNorms,
+    Estimate,
+    Forward,
+    InnerProduct,
+    LossFn,
+    Matrix,
+    Mode,
+    Params,
+    ProcessGroup,
+    Vectors,
+    Weight,
+)
 
 HALVES: tuple[Matrix, ...] = ("hessian", "gauss_newton", "nme")
 MATRICES: tuple[Matrix, ...] = get_args(Matrix)
@@ -39,10 +51,17 @@ class Curvature:
         mode: "train", "eval", or None for the model as it is. Dropout masks are fixed for each batch at construction.
         memory: bytes for kept recordings of a set of several batches (1 GiB when None); one batch is always kept.
         weight: weight(outputs, targets) -> how many terms a batch's loss averages.
+        microbatches: run each batch in so many pieces, at most, cut along the first dimension; the average is exact and
+            memory is that of a piece. Refused where splitting changes the loss (BatchNorm in train mode). In train mode
+            each piece draws its own dropout masks.
+        group: None for this process alone; a torch.distributed process group means that `data` is this rank's shard
+            and everything is averaged over the shards of all ranks. Then every call is collective: all ranks make it,
+            with the same vectors. A generator's state is taken from the first rank.
 
     Raises:
         TwofoldError: data of another form, a loss that is not scalar or not finite, unknown parameters, an operation
-            without a second derivative.
+            without a second derivative; data or a model that give other numbers when they are asked again (see
+            `check_determinism`). On the other ranks of a group too.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -66,10 +85,12 @@ class Curvature:
         mode: Mode = None,
         memory: int | None = None,
         weight: Weight | None = None,
+        microbatches: int = 1,
+        group: ProcessGroup = None,
     ) -> None:
-        self._products = Products(
-            model, loss_fn, data, params=params, forward=forward, mode=mode, memory=memory, weight=weight
-        )
+        options: dict[str, Any] = {"params": params, "forward": forward, "mode": mode, "memory": memory}
+        options |= {"weight": weight, "microbatches": microbatches, "group": group}
+        self._products = Products(model, loss_fn, data, **options)
         self.layout = self._products.layout
 
     @cached_property
@@ -161,6 +182,30 @@ class Curvature:
     def gradient(self) -> Float[Tensor, "P"]:
         """Return the gradient of the loss of the whole set, [P]."""
         return self._products.loss_and_gradient()[1]
+
+    def check_determinism(self) -> None:
+        """Read the data twice and run each batch twice; cheaper checks are always made where something is read again.
+
+        Random draws are no fault where they come from the global generators of torch, NumPy or Python, whose states
+        are replayed.
+
+        Raises:
+            TwofoldError: a batch changed, or a loss; it names the batch and the module that gives other outputs.
+
+        Example:
+            >>> class Noise(nn.Module):
+            ...     generator = torch.Generator()
+            ...
+            ...     def forward(self, x):
+            ...         return x + torch.randn(x.shape, generator=self.generator)
+            >>> model = nn.Sequential(nn.Linear(3, 2), Noise())
+            >>> c = Curvature(model, nn.CrossEntropyLoss(), (torch.randn(8, 3), torch.randint(2, (8,))))
+            >>> c.check_determinism()
+            Traceback (most recent call last):
+            ...
+            twofold.errors.TwofoldError: ... module '1' (Noise) gives different outputs for the same inputs...
+        """
+        self._products.check_determinism()
 
     def traces(
         self,

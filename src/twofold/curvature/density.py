@@ -67,7 +67,7 @@ def spectral_density(
     grid = None if grid is None else _check_grid(grid)
     if sigma is not None and not 0 < sigma < math.inf:
         raise TwofoldError(f"sigma must be a positive width; {sigma!r} came.")
-    generator = generator_for(matrix.device, generator)
+    generator = generator_for(matrix, generator)
     steps = min(steps, matrix.shape[0])
     rules = [_quadrature(matrix, probe, steps) for probe in rademacher(matrix, num_probes, generator)]
     nodes, weights = (torch.stack(parts) for parts in zip(*(rule[:2] for rule in rules), strict=True))

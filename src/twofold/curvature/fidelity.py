@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from twofold.activations import second_derivative
 from twofold.curvature.products import Products
 from twofold.errors import TwofoldError
-from twofold.types import Forward, LossFn, Matrix, Mode, Params, Weight
+from twofold.types import Forward, LossFn, Matrix, Mode, Params, ProcessGroup, Weight
 
 CurvatureOf: TypeAlias = Matrix | second_derivative
 """A matrix by its name, or the Hessian under another phi''."""
@@ -92,6 +92,8 @@ def fidelity(
     mode: Mode = None,
     memory: int | None = None,
     weight: Weight | None = None,
+    microbatches: int = 1,
+    group: ProcessGroup = None,
 ) -> Fidelity:
     """Compare rho C g^ with SAM's own correction, grad L(theta + rho g^) - g, where g = grad L(theta), g^ = g / ||g||.
 
@@ -112,6 +114,8 @@ def fidelity(
         mode: "train", "eval", or None for the model as it is. All passes see the same dropout masks.
         memory: bytes for kept recordings of a set of several batches (1 GiB when None).
         weight: weight(outputs, targets) -> how many terms a batch's loss averages.
+        microbatches: run each batch in so many pieces, at most; see `Curvature`.
+        group: a process group whose ranks each have a shard of the data; see `Curvature`.
 
     Raises:
         TwofoldError: a rho that is not a positive number, an unknown curvature, or what `Curvature` refuses.
@@ -132,7 +136,8 @@ def fidelity(
     """
     rhos = _rhos(rho)
     chosen = _curvatures(curvatures)
-    products = Products(model, loss_fn, data, params=params, forward=forward, mode=mode, memory=memory, weight=weight)
+    options: dict[str, Any] = {"params": params, "forward": forward, "mode": mode, "memory": memory, "weight": weight}
+    products = Products(model, loss_fn, data, microbatches=microbatches, group=group, **options)
     _, gradient = products.loss_and_gradient()
     size = torch.linalg.vector_norm(gradient).item()
     unit = gradient / size if size > 0 else gradient

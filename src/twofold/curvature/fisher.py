@@ -11,10 +11,14 @@ from twofold.curvature.operators import SymmetricOperator
 from twofold.curvature.probes import check_count, generator_for
 from twofold.curvature.products import Products
 from twofold.curvature.recording import Recording
+from twofold.distributed import rank
 from twofold.errors import TwofoldError
-from twofold.types import Forward, LossFn, Mode, Params, Weight
+from twofold.types import Forward, LossFn, Mode, Params, ProcessGroup, Weight
 
 FisherKind: TypeAlias = Literal["mc", "empirical"]
+
+_APART = 2**40
+"""How far apart the seeds of two ranks are: farther than any number of batches."""
 
 
 class Fisher(SymmetricOperator):
@@ -35,7 +39,8 @@ class Fisher(SymmetricOperator):
     Products cost what those of GaussNewton cost.
 
     Args:
-        model, loss_fn, data, params, forward, mode, memory, weight: as in `Curvature`.
+        model, loss_fn, data, params, forward, mode, memory, weight, microbatches, group: as in `Curvature`. Each rank
+            draws the labels of its own shard.
         kind: "mc" or "empirical".
         num_samples: draws of labels for each term, for "mc".
         generator: gives, at construction, the seed of all labels; None takes a private one with a fixed seed. Products
@@ -69,8 +74,11 @@ class Fisher(SymmetricOperator):
         mode: Mode = None,
         memory: int | None = None,
         weight: Weight | None = None,
+        microbatches: int = 1,
+        group: ProcessGroup = None,
     ) -> None:
-        options = {"params": params, "forward": forward, "mode": mode, "memory": memory, "weight": weight}
+        options: dict[str, Any] = {"params": params, "forward": forward, "mode": mode, "memory": memory}
+        options |= {"weight": weight, "microbatches": microbatches, "group": group}
         self._attach(Products(model, loss_fn, data, **options), kind, num_samples, generator)
 
     @classmethod
@@ -88,13 +96,16 @@ class Fisher(SymmetricOperator):
         if kind not in get_args(FisherKind):
             raise TwofoldError(f'kind must be "mc" or "empirical"; {kind!r} came.')
         check_count(num_samples, "num_samples")
-        super().__init__(products.layout)
+        super().__init__(products.layout, products.group)
         self._products, self._kind, self._num_samples = products, kind, num_samples
-        source = generator_for(products.layout.device, generator)
+        source = generator_for(self, generator)
         self._seed = int(torch.randint(2**62, (), generator=source, device=source.device))
 
     def _rows(self, rows: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:
-        return self._products.averaged(rows, (), lambda recording, v: {"fisher": self._product(recording, v)})["fisher"]
+        def product(recording: Recording, v: list[Tensor]) -> dict[str, list[Tensor]]:
+            return {"fisher": self._product(recording, v)}
+
+        return self._products.averaged(rows, (), product, ["fisher"])["fisher"]
 
     def _block(self, names: Sequence[str]) -> Self:
         block = type(self).of(self._products.of(names), self._kind, self._num_samples)
@@ -124,6 +135,6 @@ class Fisher(SymmetricOperator):
             # dL/dz holds w_n dl_n/dz.
             pairs = zip(recording.output_gradient, loss.term_weights(outputs, targets), strict=True)
             return [[torch.where(w > 0, u / w.sqrt(), 0.0).to(u.dtype) for u, w in pairs]]
-        generator = torch.Generator(self.device).manual_seed(self._seed + recording.index)
+        generator = torch.Generator(self.device).manual_seed(self._seed + recording.index + _APART * rank(self.group))
         draws = range(self._num_samples)
         return [[loss.residual(outputs, targets, "labels", generator).detach()] for _ in draws]

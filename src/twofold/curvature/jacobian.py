@@ -19,8 +19,9 @@ class Jacobian(LinearOperator):
     """J = dz/dtheta [M, P], M being the number of outputs over all batches.
 
     z is what the model returns: every floating-point tensor flattened, in order, batch after batch. So J v says how all
-    outputs move with the parameters, and J'u is the gradient of u'z. The loss plays no part in it. Each product costs
-    about two thirds of a gradient. Making the operator reads the data once, to count the outputs; arguments are
+    outputs move with the parameters, and J'u is the gradient of u'z. Under a group its rows are those of this rank's
+    shard, and so are its products. The loss plays no part in it. Each product costs about two thirds of a gradient.
+    Making the operator reads the data once, to count the outputs; arguments are
     those of `Curvature`.
 
     Attributes:

@@ -33,7 +33,7 @@ class Basis:
     def __init__(self, matrix: LinearMap, capacity: int, generator: torch.Generator | None) -> None:
         self.rows = torch.empty(capacity, matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
         self.size = 0
-        self._generator = generator_for(matrix.device, generator)
+        self._generator = generator_for(matrix, generator)
 
     def orthogonalise(self, vector: Float[Tensor, "P"], first: int = 0) -> tuple[Float[Tensor, "size"], float]:
         """Take the basis out of a vector in place.

@@ -22,6 +22,7 @@ class LinearMap:
         device: of the vectors: the operator's own, or the CPU.
         eps: the relative precision of a product: that of the operator's dtype if it computes in half precision.
         name: the operator's class, for messages.
+        group: the process group whose ranks take each product together, if the operator has one.
 
     Raises:
         TwofoldError: it is not square or not real; a product has another shape.
@@ -51,6 +52,7 @@ class LinearMap:
         self._taken = taken
         self._operator = operator
         self.eps = torch.finfo(taken).eps
+        self.group = getattr(operator, "group", None)
 
     def __matmul__(self, vectors: Float[Tensor, "P *K"]) -> Float[Tensor, "P *K"]:
         """A times v."""

@@ -10,12 +10,19 @@ from torch.overrides import TorchFunctionMode
 from twofold.activations.known import SPELLINGS, activation_name
 from twofold.batches import as_batches, run_forward, to_device
 from twofold.curvature.differentiable import borrowed, differentiable_twice, unwrap
+from twofold.distributed import agree, check_group, together
 from twofold.errors import TwofoldError
-from twofold.types import Forward, Mode
+from twofold.types import Forward, Mode, ProcessGroup
 
 
 def live_fraction(
-    model: nn.Module, data: Any, *, forward: Forward | None = None, mode: Mode = None, tolerance: float = 0.0
+    model: nn.Module,
+    data: Any,
+    *,
+    forward: Forward | None = None,
+    mode: Mode = None,
+    tolerance: float = 0.0,
+    group: ProcessGroup = None,
 ) -> float:
     """Return the fraction of activation inputs h at which phi'' is alive, |phi''(h)| > tolerance.
 
@@ -30,6 +37,7 @@ def live_fraction(
         mode: "train", "eval", or None for the model as it is.
         tolerance: at 0 an entry is dead where phi'' is exactly 0 in the model's precision (for float32 and
             beta-GELU, where |beta h| is above 13 or so).
+        group: a process group whose ranks each have a shard of the data; the fraction is that of all shards.
 
     Raises:
         TwofoldError: data of another form, a tolerance that is not a number of at least 0, or a model in which no known
@@ -47,19 +55,27 @@ def live_fraction(
     """
     if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not tolerance >= 0:
         raise TwofoldError(f"tolerance is {tolerance!r}; expected a number of at least 0, in units of phi''.")
-    model = unwrap(model)
+    check_group(group)
+    with together(group):
+        counted = _counted(unwrap(model), data, forward, mode, tolerance)
+        every = agree(group, [counted.live, counted.total])
+    live, total = sum(one[0] for one in every), sum(one[1] for one in every)
+    if total == 0:
+        raise TwofoldError(
+            f"No activation was called on the data, so no phi'' is alive or dead. Known activations: "
+            f"{', '.join(SPELLINGS)}."
+        )
+    return live / total
+
+
+def _counted(model: nn.Module, data: Any, forward: Forward | None, mode: Mode, tolerance: float) -> "_Counting":
     tensor = next((t for kind in (model.parameters(), model.buffers()) for t in kind), None)
     counted = _Counting(tolerance)
     with borrowed(model, {}, mode), differentiable_twice(model):
         for batch in as_batches(data):
             with counted:
                 run_forward(forward, model, batch if tensor is None else to_device(batch, tensor.device))
-    if counted.total == 0:
-        raise TwofoldError(
-            f"No activation was called on the data, so no phi'' is alive or dead. Known activations: "
-            f"{', '.join(SPELLINGS)}."
-        )
-    return counted.live / counted.total
+    return counted
 
 
 class _Counting(TorchFunctionMode):

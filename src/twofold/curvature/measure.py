@@ -25,8 +25,9 @@ from twofold.curvature.probes import check_count, generator_for, rademacher
 from twofold.curvature.products import Products
 from twofold.curvature.report import AnatomyFigures, Cost, CurvatureReport, Eigenvalue, blocks_of
 from twofold.curvature.sampling import HALVES, SPLIT, Samples, gram_of
+from twofold.distributed import agree
 from twofold.errors import TwofoldError, TwofoldWarning
-from twofold.types import BlockNorms, Forward, LossFn, Matrix, Mode, Params, SpectralDensity, Weight
+from twofold.types import BlockNorms, Forward, LossFn, Matrix, Mode, Params, ProcessGroup, SpectralDensity, Weight
 
 Progress: TypeAlias = Callable[[str, float], None]
 """progress(stage, fraction of the stage that is done)."""
@@ -54,6 +55,8 @@ def measure(
     mode: Mode = None,
     memory: int | None = None,
     weight: Weight | None = None,
+    microbatches: int = 1,
+    group: ProcessGroup = None,
     budget: str | float | None = None,
     num_probes: int = 32,
     num_eigenvalues: int = 6,
@@ -79,6 +82,8 @@ def measure(
         memory: bytes that may be held beside the model and the recording of one batch: a quarter for recordings of
             further batches, the rest for Lanczos vectors. None means 8 GiB.
         weight: weight(outputs, targets) -> how many terms a batch's loss averages.
+        microbatches: run each batch in so many pieces, at most; see `Curvature`.
+        group: a process group whose ranks each have a shard of the data; see `Curvature`.
         budget: about how long it may take: seconds, "60s", "5min"; None is without end. Gradient and two probes are
             always taken. Under a budget that binds, how much is measured depends on the speed of the machine.
         num_probes: Rademacher probes; errors fall with the root of their number.
@@ -109,6 +114,7 @@ def measure(
     memory = DEFAULT_MEMORY if memory is None else memory
     seconds, start = seconds_of(budget), time.monotonic()
     options: dict[str, Any] = {"params": params, "forward": forward, "mode": mode, "weight": weight}
+    options |= {"microbatches": microbatches, "group": group}
     if isinstance(memory, int) and memory > 0:
         options["memory"] = memory // 4
     else:
@@ -116,13 +122,13 @@ def measure(
     curvature = Curvature(model, loss_fn, data, **options)
     products, layout = curvature._products, curvature.layout
     vectors = (memory - memory // 4) // (layout.size * layout.dtype.itemsize)
-    session = _Session(start, seconds, progress, vectors, generator_for(layout.device, generator))
+    session = _Session(start, seconds, progress, vectors, generator_for(curvature.hessian, generator), group=group)
     seed = session.generator.initial_seed()
 
     session.tell("gradient", 0.0)
     loss, gradient = products.loss_and_gradient()
     terms, along, norm = _along_gradient(products, gradient, session)
-    live = _live_fraction(model, data, forward, mode, session)
+    live = _live_fraction(model, data, forward, mode, session, group=group)
     session.tell("gradient", 1.0)
 
     samples = _sample(products, terms, num_probes, session)
@@ -168,18 +174,30 @@ class _Session:
     """What the stages of one measurement share: its clock, its room for vectors, its probes, what it leaves out."""
 
     def __init__(
-        self, start: float, seconds: float, progress: Progress | None, vectors: int, generator: torch.Generator
+        self,
+        start: float,
+        seconds: float,
+        progress: Progress | None,
+        vectors: int,
+        generator: torch.Generator,
+        *,
+        group: ProcessGroup,
     ) -> None:
         self._start, self._seconds, self._progress = start, seconds, progress
-        self.vectors, self.generator = vectors, generator
+        self.vectors, self.generator, self._group = vectors, generator, group
         self.left_out: dict[str, str] = {}
         self.num_matvecs = 0
         self.each = 0.0
         """Seconds that products of all parts with one vector take."""
 
     @property
+    def now(self) -> float:
+        """Seconds on the first rank's clock, so that all ranks measure alike."""
+        return agree(self._group, [time.monotonic()])[0][0]
+
+    @property
     def elapsed(self) -> float:
-        return time.monotonic() - self._start
+        return self.now - self._start
 
     @property
     def left(self) -> float:
@@ -252,9 +270,11 @@ def _along_gradient(
     return terms, found | along, math.sqrt(square)
 
 
-def _live_fraction(model: nn.Module, data: Any, forward: Forward | None, mode: Mode, session: _Session) -> float | None:
+def _live_fraction(
+    model: nn.Module, data: Any, forward: Forward | None, mode: Mode, session: _Session, *, group: ProcessGroup
+) -> float | None:
     try:
-        return live_fraction(model, data, forward=forward, mode=mode)
+        return live_fraction(model, data, forward=forward, mode=mode, group=group)
     except TwofoldError as error:
         session.leave_out("live fraction of phi''", str(error))
         return None
@@ -262,14 +282,14 @@ def _live_fraction(model: nn.Module, data: Any, forward: Forward | None, mode: M
 
 def _sample(products: Products, terms: tuple[Matrix, ...], num_probes: int, session: _Session) -> Samples:
     samples = Samples(products, terms)
-    start, available = time.monotonic(), 0.35 * session.left
+    start, available = session.now, 0.35 * session.left
     with session.stage("probes", products, num_probes):
         for probe in rademacher(Hessian.of(products), num_probes, session.generator):
-            if len(samples) >= _FEWEST_PROBES and (time.monotonic() - start) * (1 + 1 / len(samples)) > available:
+            if len(samples) >= _FEWEST_PROBES and (session.now - start) * (1 + 1 / len(samples)) > available:
                 session.leave_out("probes", f"{len(samples)} of {num_probes}; {session.budget_was_short}")
                 break
             samples.take(probe)
-    session.each = (time.monotonic() - start) / len(samples)
+    session.each = (session.now - start) / len(samples)
     return samples
 
 

@@ -14,7 +14,7 @@ from twofold.curvature.preconditioning import preconditioner
 from twofold.curvature.products import Products
 from twofold.errors import TwofoldError
 from twofold.parameters import ParameterLayout
-from twofold.types import Forward, LossFn, Matrix, Mode, Params, Vectors, Weight
+from twofold.types import Forward, LossFn, Matrix, Mode, Params, ProcessGroup, Vectors, Weight
 
 
 class SymmetricOperator(LinearOperator):
@@ -22,11 +22,12 @@ class SymmetricOperator(LinearOperator):
 
     Attributes:
         layout: where each named parameter lies in a vector.
+        group: the process group whose ranks take each product together; None where it is this process alone.
     """
 
-    def __init__(self, layout: ParameterLayout) -> None:
+    def __init__(self, layout: ParameterLayout, group: ProcessGroup = None) -> None:
         super().__init__((layout.size, layout.size), layout.dtype, layout.device)
-        self.layout = layout
+        self.layout, self.group = layout, group
 
     @abstractmethod
     def _rows(self, rows: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:
@@ -158,7 +159,7 @@ class _Combination(SymmetricOperator):
                 raise TwofoldError(
                     f"Operators over different parameters cannot be added: {first.shape} and {operator.shape}."
                 )
-        super().__init__(first.layout)
+        super().__init__(first.layout, next((one.group for _, one in terms if one.group is not None), None))
         self._terms = list(terms)
 
     def _rows(self, rows: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:
@@ -179,7 +180,7 @@ class Preconditioned(SymmetricOperator):
     """
 
     def __init__(self, operator: SymmetricOperator, inverse_root: Float[Tensor, "P"]) -> None:
-        super().__init__(operator.layout)
+        super().__init__(operator.layout, operator.group)
         self._operator, self.inverse_root = operator, inverse_root
 
     def _rows(self, rows: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:
@@ -207,8 +208,11 @@ class _CurvatureOperator(SymmetricOperator):
         mode: Mode = None,
         memory: int | None = None,
         weight: Weight | None = None,
+        microbatches: int = 1,
+        group: ProcessGroup = None,
     ) -> None:
-        options = {"params": params, "forward": forward, "mode": mode, "memory": memory, "weight": weight}
+        options: dict[str, Any] = {"params": params, "forward": forward, "mode": mode, "memory": memory}
+        options |= {"weight": weight, "microbatches": microbatches, "group": group}
         self._attach(Products(model, loss_fn, data, **options))
 
     @classmethod
@@ -219,7 +223,7 @@ class _CurvatureOperator(SymmetricOperator):
         return operator
 
     def _attach(self, products: Products) -> None:
-        super().__init__(products.layout)
+        super().__init__(products.layout, products.group)
         self._products = products
 
     def _rows(self, rows: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from twofold.distributed import same_generator
 from twofold.errors import TwofoldError
 from twofold.types import Estimate
 
@@ -25,15 +26,16 @@ def private_generator(device: torch.device) -> torch.Generator:
     return torch.Generator(device).manual_seed(0)
 
 
-def generator_for(device: torch.device, generator: torch.Generator | None) -> torch.Generator:
-    """The caller's generator, or a private one."""
-    return private_generator(device) if generator is None else generator
+def generator_for(operator: Any, generator: torch.Generator | None) -> torch.Generator:
+    """The caller's generator, or a private one; in the state that the first of an operator's ranks gives it."""
+    same_generator(generator, getattr(operator, "group", None))
+    return private_generator(operator.device) if generator is None else generator
 
 
 def rademacher(operator: Any, num_probes: int, generator: torch.Generator | None) -> Iterator[Float[Tensor, "P"]]:
     """Yield probes [P] with entries +-1, in float32 at least."""
     dtype = torch.promote_types(operator.dtype, torch.float32)
-    generator = generator_for(operator.device, generator)
+    generator = generator_for(operator, generator)
     for _ in range(num_probes):
         signs = torch.randint(2, (operator.shape[1],), generator=generator, device=generator.device)
         yield signs.to(operator.device, dtype).mul_(2).sub_(1)

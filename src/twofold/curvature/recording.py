@@ -300,13 +300,14 @@ def _check_once_differentiable(outputs: Sequence[Tensor], gradients: Sequence[Te
 
 def saved_bytes(recording: Recording) -> int:
     """Bytes that the recorded graphs hold for their backward passes, each piece of memory counted once."""
+    ends = [*recording.outputs, *recording._reverse[0]]
     with recording.around():
-        return _saved_bytes(recording)
+        return _saved_bytes(recording, ends)
 
 
-def _saved_bytes(recording: Recording) -> int:
+def _saved_bytes(recording: Recording, ends: Sequence[Tensor]) -> int:
     storages: dict[int, int] = {}
-    nodes = list(graph_nodes([*recording.outputs, *recording._reverse[0]]))
+    nodes = list(graph_nodes(ends))
     for node in nodes:
         saved = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
         held = list(getattr(node, "held", ()))

@@ -76,7 +76,7 @@ def _xtrace(matrix: LinearMap, num_matvecs: int, generator: torch.Generator | No
     all estimates follow from products of small matrices. c makes ||w_i - Q_i u||^2 its mean.
     """
     size, dtype, device = matrix.shape[0], matrix.dtype, matrix.device
-    generator = generator_for(device, generator)
+    generator = generator_for(matrix, generator)
     probes = torch.randn(size, min(num_matvecs // 2, size), generator=generator, device=generator.device, dtype=dtype)
     probes = (probes * (size**0.5 / torch.linalg.vector_norm(probes, dim=0))).to(device)
     images = _products(matrix, probes)

@@ -18,7 +18,7 @@ from twofold.curvature.probes import check_count, private_generator, rademacher
 from twofold.curvature.products import Products
 from twofold.curvature.sampling import HALVES, Samples, gram_of
 from twofold.errors import NotFiniteError, TwofoldError
-from twofold.types import Forward, LossFn, Matrix, Mode, Params, Weight
+from twofold.types import Forward, LossFn, Matrix, Mode, Params, ProcessGroup, Weight
 
 Record: TypeAlias = dict[str, float]
 """{"step": number, "curvature/<matrix>/<quantity>": value}"""
@@ -64,6 +64,8 @@ def track(
     mode: Mode = None,
     memory: int | None = None,
     weight: Weight | None = None,
+    microbatches: int = 1,
+    group: ProcessGroup = None,
     num_probes: int = 4,
     max_steps: int = 8,
 ) -> "Tracker":
@@ -81,6 +83,8 @@ def track(
         memory: bytes for kept recordings of a set of several batches (1 GiB when None). Nothing is kept between records
             but one eigenvector of H and one of GN.
         weight: weight(outputs, targets) -> how many terms a batch's loss averages.
+        microbatches: run each batch in so many pieces, at most; see `Curvature`.
+        group: a process group whose ranks each have a shard of the data; see `Curvature`.
         num_probes: Rademacher probes for traces and norms; each takes about three gradients.
         max_steps: most products for each eigenvector, which start from the last one; the first record takes three times
             as many.
@@ -110,7 +114,8 @@ def track(
     """
     check_count(num_probes, "num_probes")
     check_count(max_steps, "max_steps", at_least=2)
-    products = Products(model, loss_fn, data, params=params, forward=forward, mode=mode, memory=memory, weight=weight)
+    options: dict[str, Any] = {"params": params, "forward": forward, "mode": mode, "memory": memory, "weight": weight}
+    products = Products(model, loss_fn, data, microbatches=microbatches, group=group, **options)
     return Tracker(products, num_probes, max_steps)
 
 

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from twofold.batches import describe
+from twofold.batches import describe, split
 from twofold.curvature.differentiable import ModuleState, unwrap
 from twofold.curvature.torch_losses import as_loss
 from twofold.errors import TwofoldError, TwofoldWarning
 from twofold.parameters import norm, select_parameters
 from twofold.regularizers.gradients import Gradients, accumulate, add_scaled, refuse_sparse
 from twofold.regularizers.memory import Memory
-from twofold.regularizers.microbatches import joined, split
+from twofold.regularizers.microbatches import joined
 from twofold.regularizers.passes import ModelPasses, Passes, RandomSources
 from twofold.regularizers.surrogate import loss_that_hands_on
 from twofold.types import Forward, LossFn, Params

@@ -1,33 +1,11 @@
-"""A batch cut into parts, and the outputs of the parts joined again."""
+"""The outputs of the parts of a batch, joined again."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
-
-from twofold.batches import describe
-from twofold.errors import TwofoldError
-
-
-def split(batch: Any, num_parts: int) -> list[Any]:
-    """Split every tensor of a batch along its first dimension.
-
-    Raises:
-        TwofoldError: the first dimensions differ, or are shorter than the number of parts.
-    """
-    batch = dict(batch) if isinstance(batch, Mapping) else batch
-    tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
-    sizes = {tensor.shape[0] if tensor.dim() else 0 for tensor in tensors}
-    if len(sizes) != 1 or not num_parts <= min(sizes):
-        raise TwofoldError(
-            f"microbatches={num_parts} splits every tensor of the batch along its first dimension, which must be the "
-            f"same and at least {num_parts}; the batch is {describe(batch)}."
-        )
-    leaves, spec = tree_flatten(batch)
-    cut = [leaf.tensor_split(num_parts) if isinstance(leaf, Tensor) else [leaf] * num_parts for leaf in leaves]
-    return [tree_unflatten([pieces[i] for pieces in cut], spec) for i in range(num_parts)]
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 
 def joined(outputs: Sequence[Any]) -> Any:
