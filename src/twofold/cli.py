@@ -92,6 +92,7 @@ def train(
     strength: Annotated[float, arg(metavar="X")] = 0.0,
     epochs: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: the recipe's)")] = None,
     seed: Annotated[int, arg(metavar="N")] = 100,
+    log: Annotated[tuple[Literal["tensorboard", "wandb"], ...], arg(metavar="NAME ...")] = (),
     out: Out = Path("results"),
     data_dir: DataDir = None,
 ) -> None:
@@ -104,6 +105,7 @@ def train(
         strength: rho, sigma or the factor of a trace.
         epochs: passes over the training examples.
         seed: of initialisation, order and noise.
+        log: tensorboard, wandb (offline unless WANDB_MODE says otherwise).
         out: the run goes to DIR/runs/<id>.
         data_dir: where data files lie.
     """
@@ -127,7 +129,7 @@ def train(
         print(f"epoch {row['epoch']:3.0f}  loss {row['train/loss']:.4f}  {accuracies}", flush=True)
 
     reused = directory.result() is not None
-    metrics = train_run(config, data_dir=_data_dir(data_dir), directory=directory, progress=tell)
+    metrics = train_run(config, data_dir=_data_dir(data_dir), directory=directory, progress=tell, loggers=log)
     if reused:
         tell(metrics.iloc[-1].to_dict())
     print(f"{'already there' if reused else 'done'}: {directory.path}")

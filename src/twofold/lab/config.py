@@ -240,6 +240,7 @@ class RunConfig(_Config):
         schedule: "cosine" (to 0 at the last step) or "constant", after the warm-up.
         seed: initialisation, shuffling, augmentation and the regularizer's noise.
         curvature_every: measure tr and ||.||_F of H, GN and NME every so many epochs; 0 never.
+        fidelity_rho: measure there too how well rho C g^ predicts SAM's correction, with this rho; 0 does not.
         track_every: follow H, GN and NME with `twofold.track` every so many steps, into curvature.csv; 0 never.
         curvature_probe: training examples in the fixed batch that is measured.
         curvature_matvecs: matrix-vector products for each estimate.
@@ -258,6 +259,7 @@ class RunConfig(_Config):
     schedule: str = "cosine"
     seed: int = 100
     curvature_every: int = 0
+    fidelity_rho: float = 0.0
     track_every: int = 0
     curvature_probe: int = 256
     curvature_matvecs: int = 16
@@ -273,8 +275,13 @@ class RunConfig(_Config):
             self._integer(name, 1)
         for name in ("warmup_epochs", "seed", "curvature_every", "track_every"):
             self._integer(name, 0)
+        self._real("fidelity_rho")
         self._integer("max_steps", 1, optional=True)
         self._choice("schedule", SCHEDULES)
+        if self.fidelity_rho and not self.curvature_every:
+            raise self._refuse(
+                "fidelity_rho", self.fidelity_rho, "0 where curvature_every is 0: it says when to measure"
+            )
         if self.warmup_epochs > self.epochs:
             raise self._refuse("warmup_epochs", self.warmup_epochs, f"at most the {self.epochs} epochs of the run")
         if not isinstance(self.device, str) or self.device.partition(":")[0] not in ("cpu", "cuda"):

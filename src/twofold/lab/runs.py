@@ -46,7 +46,7 @@ Row = dict[str, float]
 _CONFIG, _ENVIRONMENT, _METRICS = "config.json", "environment.json", "metrics.csv"
 _TRACKED, _WEIGHTS, _STATUS = "curvature.csv", "weights.safetensors", "status.json"
 _CHECKPOINT = "checkpoint.safetensors"
-_CHANGES_NO_NUMBERS = ("cli.py", "integrations", "lab/figures", "lab/report", "lab/sweep.py")
+_CHANGES_NO_NUMBERS = ("cli.py", "integrations", "lab/figures", "lab/loggers.py", "lab/report", "lab/sweep.py")
 
 
 @dataclass(frozen=True)

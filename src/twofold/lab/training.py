@@ -7,7 +7,7 @@ killed goes on from the last epoch's checkpoint and ends with the same weights, 
 import math
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,13 @@ from torch import Tensor, nn
 
 from twofold.activations import gaussian, second_derivative
 from twofold.curvature.curvature import Curvature
+from twofold.curvature.fidelity import fidelity
 from twofold.curvature.liveness import live_fraction
 from twofold.curvature.track import Tracker, track
 from twofold.errors import TwofoldError
 from twofold.lab.config import OptimizerConfig, RegularizerConfig, RunConfig
 from twofold.lab.data import Dataset, TensorPair, augment, load
+from twofold.lab.loggers import Log, opened
 from twofold.lab.models import build
 from twofold.lab.runs import Row, RunDirectory
 from twofold.lab.seeding import derive_generator, derive_seed
@@ -71,6 +73,7 @@ def train(
     data_dir: Path | None = None,
     directory: RunDirectory | None = None,
     progress: Callable[[Row], None] | None = None,
+    loggers: Sequence[str] = (),
 ) -> pd.DataFrame:
     """Train as `config` says and return the metrics: one row an epoch, from epoch 0 (before training) on.
 
@@ -79,7 +82,8 @@ def train(
     Columns: epoch, step, lr; loss and accuracy (from 0 to 1) as "train/loss", "validation/accuracy", ..., where train
     has the noisy labels that are trained on. Where curvature is measured, "curvature/<matrix>/<quantity>" and the same
     with "_stderr": matrix is hessian, gauss_newton or nme, quantity is trace or frobenius_norm; and
-    "activation/live_fraction", the fraction of activation inputs at which phi'' is not 0.
+    "activation/live_fraction", the fraction of activation inputs at which phi'' is not 0; with `fidelity_rho` also
+    "fidelity/<curvature>/cosine" and ".../relative_error". "regularizer/<name>" are its diagnostics in the last step.
 
     With `track_every` the curvature is followed step by step with `twofold.track`, in a table of its own in the run's
     directory: curvature.csv, `Run.tracked`; what that took is in status.json, `Run.tracking`.
@@ -90,6 +94,7 @@ def train(
         directory: where to keep the run. A run with a result there is read, not computed; an interrupted one goes on;
             while another process computes it, this one waits.
         progress: called with every new row.
+        loggers: "tensorboard", "wandb" or both get every row and what is tracked; they write into the directory.
 
     Raises:
         TwofoldError: the data cannot be had, parts of the configuration do not fit each other, or there is no directory
@@ -105,20 +110,26 @@ def train(
     if directory is None:
         if config.track_every:
             raise TwofoldError(f"RunConfig.track_every is {config.track_every}: pass directory=, where the table goes.")
-        return pd.DataFrame(_train(config, data_dir, None, progress))
+        with opened(loggers, None, config) as log:
+            return pd.DataFrame(_train(config, data_dir, None, progress, log))
     with directory.lock():
         if (run := directory.result()) is not None:
             return run.metrics
         directory.begin()
         try:
-            return pd.DataFrame(_train(config, data_dir, directory, progress))
+            with opened(loggers, directory.path, config) as log:
+                return pd.DataFrame(_train(config, data_dir, directory, progress, log))
         except Exception:
             directory.fail(traceback.format_exc())
             raise
 
 
 def _train(
-    config: RunConfig, data_dir: Path | None, directory: RunDirectory | None, progress: Callable[[Row], None] | None
+    config: RunConfig,
+    data_dir: Path | None,
+    directory: RunDirectory | None,
+    progress: Callable[[Row], None] | None,
+    log: Log,
 ) -> list[Row]:
     with _process_as_found(config) as seed_step:
         started = time.monotonic()
@@ -146,7 +157,10 @@ def _train(
             every = config.curvature_every
             if finite and every and (epoch % every == 0 or epoch == num_epochs):
                 row |= measure_curvature(config, model, data.train)
+            if regularizer is not None:
+                row |= {f"regularizer/{name}": value for name, value in regularizer.diagnostics.items()}
             rows.append(row)
+            log(row, step)
             if directory is not None:
                 state = {"epoch": epoch, "step": step, "diverged": not finite, "rows": rows}
                 _keep(directory, model, optimizer, regularizer, tracker=tracker, state=state)
@@ -156,7 +170,7 @@ def _train(
 
         def follow() -> None:
             if tracker is not None and (step % config.track_every == 0 or step == num_steps):
-                tracker.measure(step)
+                log(tracker.measure(step), step)
 
         kept = directory.read_checkpoint() if directory is not None else None
         if kept is None:
@@ -285,7 +299,7 @@ def build_tracker(config: RunConfig, model: nn.Module, examples: TensorPair) -> 
 
 
 def measure_curvature(config: RunConfig, model: nn.Module, examples: TensorPair) -> Row:
-    """Traces and Frobenius norms of H, GN and NME, and the live fraction of phi'', in eval mode.
+    """Traces and Frobenius norms of H, GN and NME, the live fraction of phi'', and fidelity, in eval mode.
 
     All on the first `curvature_probe` of the examples.
     """
@@ -296,6 +310,8 @@ def measure_curvature(config: RunConfig, model: nn.Module, examples: TensorPair)
         for matrix, estimate in measure(num_matvecs=config.curvature_matvecs).items():
             key = f"curvature/{matrix}/{quantity}"
             row |= {key: estimate.value, f"{key}_stderr": estimate.stderr}
+    if config.fidelity_rho:
+        row |= fidelity(model, F.cross_entropy, batch, config.fidelity_rho, mode="eval").metrics()
     return row
 
 
