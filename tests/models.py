@@ -138,7 +138,7 @@ class Residual(nn.Module):
 
 
 class ResidualConv(nn.Module):
-    """A residual block with BatchNorm, as ResNets have it."""
+    """A residual block with BatchNorm, as ResNets have it; smooth, since some tests take differences."""
 
     def __init__(self):
         super().__init__()
@@ -148,8 +148,8 @@ class ResidualConv(nn.Module):
 
     def forward(self, x):
         x = self.stem(x)
-        h = F.relu(self.norm1(self.conv1(x)))
-        return self.head(F.relu(x + self.norm2(self.conv2(h))).mean((2, 3)))
+        h = F.gelu(self.norm1(self.conv1(x)))
+        return self.head(F.gelu(x + self.norm2(self.conv2(h))).mean((2, 3)))
 
 
 class Mixer(nn.Module):
