@@ -38,6 +38,8 @@ STAGES = ("gradient", "probes", "eigenvalues", "blocks", "densities", "anatomy")
 _FEWEST_PROBES = 2
 _EIGENVALUE_TOL = 1e-3
 _MOST_EIGEN_PRODUCTS = 1000
+_HESSIAN_COST, _HALVES_COST = 0.65, 0.8
+"""What H v, and GN v with NME v, cost in products of all parts."""
 _MOST_BLOCKS, _BLOCK_PROBES = 16, 4
 _DENSITY_PROBES, _DENSITY_STEPS, _FEWEST_STEPS = 4, 40, 8
 _ANATOMY_PROBES = 16
@@ -294,25 +296,22 @@ def _sample(products: Products, terms: tuple[Matrix, ...], num_probes: int, sess
 
 
 def _eigenvalues(products: Products, wanted: int, session: _Session) -> tuple[Eigenvalue, ...]:
-    size = products.layout.size
+    size, vectors = products.layout.size, session.vectors
+    most = int(min(session.affordable(0.45, _HESSIAN_COST), _MOST_EIGEN_PRODUCTS))
     wanted = min(wanted, size)
-    vectors = session.vectors
-    # the basis and one vector more, and the eigenvectors that are returned
-    k = min(wanted, (vectors - 4) // 3)
-    if k < 1:
+    # The memory holds the basis, one vector more and the eigenvectors; the time, a few products for each pair.
+    fitting = [k for k in range(wanted, 0, -1) if 3 * k + 4 <= vectors and _fewest_products(k, size) <= most]
+    if vectors < 7:
         session.leave_out("eigenvalues", f"{session.memory_was_short}; 7 are needed")
         return ()
-    products_left = session.affordable(0.45)
-    most = int(min(products_left, _MOST_EIGEN_PRODUCTS))
-    basis = min(k + 20, vectors - k - 1) if size > k + 20 else size
-    least = 2 * k + 10 if size > k + 20 else size + k
-    if most < least:
-        session.leave_out(
-            "eigenvalues", f"{session.budget_was_short}: about {most} products fitted, {least} are needed"
-        )
+    if not fitting:
+        session.leave_out("eigenvalues", f"{session.budget_was_short} for {_fewest_products(1, size)} products")
         return ()
+    k = fitting[0]
     if k < wanted:
-        session.leave_out("eigenvalues", f"{k} of {wanted}; {session.memory_was_short}")
+        short = session.memory_was_short if 3 * wanted + 4 > vectors else session.budget_was_short
+        session.leave_out("eigenvalues", f"{k} of {wanted}; {short}")
+    basis = min(k + 20, vectors - k - 1) if size > k + 20 else size
     with session.stage("eigenvalues", products, most), warnings.catch_warnings():
         warnings.simplefilter("ignore", TwofoldWarning)
         pairs = eigsh(
@@ -337,9 +336,14 @@ def _eigenvalues(products: Products, wanted: int, session: _Session) -> tuple[Ei
     return tuple(found)
 
 
+def _fewest_products(k: int, size: int) -> int:
+    """With fewer products k eigenpairs are not worth asking for; a small matrix is solved densely."""
+    return 2 * k + 10 if size > k + 20 else size + k
+
+
 def _block_norms(curvature: Curvature, session: _Session) -> Mapping[str, BlockNorms]:
     blocks = blocks_of(list(curvature.layout.shapes), _MOST_BLOCKS)
-    probes = int(min(session.affordable(0.3) / len(blocks), _BLOCK_PROBES))
+    probes = int(min(session.affordable(0.3, _HALVES_COST) / len(blocks), _BLOCK_PROBES))
     if len(blocks) > _MOST_BLOCKS:
         session.leave_out("norms of blocks", f"{len(blocks)} blocks are more than {_MOST_BLOCKS}")
         return {}
@@ -354,7 +358,7 @@ def _block_norms(curvature: Curvature, session: _Session) -> Mapping[str, BlockN
 def _densities(products: Products, session: _Session) -> Mapping[str, SpectralDensity]:
     operators = {"hessian": Hessian.of(products), "gauss_newton": GaussNewton.of(products), "nme": NME.of(products)}
     room = min(session.vectors - 2, _DENSITY_STEPS)
-    available = session.affordable(0.5) / len(operators)
+    available = session.affordable(0.5, _HESSIAN_COST) / len(operators)
     probes = next((n for n in (_DENSITY_PROBES, 2) if available / n >= _DENSITY_STEPS / 2), 1)
     steps = int(min(room, available / probes))
     if room < _FEWEST_STEPS:
