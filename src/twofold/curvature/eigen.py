@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from twofold.curvature.differentiable import full_precision
-from twofold.curvature.lanczos import ROUNDING, Krylov, norm_of
+from twofold.curvature.lanczos import ROUNDING, Krylov, dot_of, norm_of_difference
 from twofold.curvature.linear_map import LinearMap
 from twofold.curvature.probes import check_count
 from twofold.errors import TwofoldError, TwofoldWarning
@@ -217,16 +217,16 @@ def _fences(found: Float[Tensor, "k"], which: Which) -> tuple[float, float]:
 
 def _result(krylov: Krylov, k: int, tol: float, max_matvecs: int) -> Eigenpairs:
     """The first k rows as eigenpairs, their values and residuals computed anew."""
-    vectors = krylov.basis.rows[:k].clone()
+    vectors = krylov.basis.rows[:k]
     # torch sums float32 norms of a million entries on the CPU to 1e-5.
     vectors /= torch.linalg.vector_norm(vectors, dim=1, keepdim=True, dtype=torch.float64)
-    rayleigh, residuals = [], []
+    values, residuals = torch.empty(k, dtype=torch.float64), []
     rounding = ROUNDING * krylov.matrix.eps * krylov.scale
-    for rows in vectors.split(krylov.block_size):
-        for row, product in zip(rows, krylov.multiply(rows), strict=True):
-            rayleigh.append(torch.dot(row.double(), product.double()))
-            residuals.append(norm_of(product.double() - rayleigh[-1] * row.double()) + rounding)
-    ascending = torch.stack(rayleigh).argsort(stable=True)
+    for i, rows in enumerate(vectors.split(krylov.block_size)):
+        for j, (row, product) in enumerate(zip(rows, krylov.multiply(rows), strict=True), i * krylov.block_size):
+            values[j] = dot_of(row, product)
+            residuals.append(norm_of_difference(product, values[j].item(), row) + rounding)
+    ascending = values.argsort(stable=True)
     bounds = torch.tensor(residuals, dtype=torch.float64)
     limit = tol * krylov.scale
     converged = bool((bounds <= limit).all())
@@ -241,9 +241,9 @@ def _result(krylov: Krylov, k: int, tol: float, max_matvecs: int) -> Eigenpairs:
         )
     like = {"dtype": vectors.dtype, "device": vectors.device}
     return Eigenpairs(
-        values=torch.stack(rayleigh)[ascending].to(**like),
-        vectors=vectors[ascending].T.contiguous(),
-        residuals=bounds[ascending.cpu()].to(**like),
+        values=values[ascending].to(**like),
+        vectors=vectors[ascending.to(vectors.device)].T,  # a copy, but of the basis' k rows alone
+        residuals=bounds[ascending].to(**like),
         converged=converged,
         num_matvecs=krylov.num_matvecs,
     )

@@ -12,6 +12,7 @@ from twofold.errors import TwofoldError
 
 _CHUNK = 1 << 16
 _LONG_CHUNK = 1 << 12
+_PIECE = 1 << 20
 _MOST_PASSES = 5
 
 ROUNDING = 10
@@ -221,3 +222,15 @@ class Krylov:
 def norm_of(vector: Tensor) -> float:
     """The norm, summed in float64."""
     return torch.linalg.vector_norm(vector, dtype=torch.float64).item()
+
+
+def dot_of(a: Float[Tensor, "P"], b: Float[Tensor, "P"]) -> float:
+    """The inner product in float64, by pieces: copies of long vectors in float64 would fill the memory."""
+    pieces = zip(a.split(_PIECE), b.split(_PIECE), strict=True)
+    return torch.stack([torch.dot(x.double(), y.double()) for x, y in pieces]).sum().item()
+
+
+def norm_of_difference(a: Float[Tensor, "P"], factor: float, b: Float[Tensor, "P"]) -> float:
+    """||a - factor b|| in float64, by pieces."""
+    pieces = zip(a.split(_PIECE), b.split(_PIECE), strict=True)
+    return torch.stack([(x.double() - factor * y.double()).square().sum() for x, y in pieces]).sum().sqrt().item()
