@@ -25,6 +25,7 @@ from twofold.curvature.measure import measure
 from twofold.curvature.norms import frobenius_norm
 from twofold.curvature.operators import NME, ActivationNME, GaussNewton, Hessian
 from twofold.curvature.report import CurvatureReport
+from twofold.curvature.sharpness import Sharpness, sharpness
 from twofold.curvature.trace import trace
 from twofold.curvature.track import Tracker, track
 from twofold.errors import NotFiniteError, TwofoldError, TwofoldWarning
@@ -79,6 +80,7 @@ __all__ = [
     "LookSAM",
     "NotFiniteError",
     "Regularizer",
+    "Sharpness",
     "SharpnessAware",
     "SpectralDensity",
     "Tracker",
@@ -97,6 +99,7 @@ __all__ = [
     "matched_sigma",
     "measure",
     "second_derivative",
+    "sharpness",
     "spectral_density",
     "trace",
     "track",

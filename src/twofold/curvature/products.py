@@ -333,6 +333,17 @@ class Products:
             share = self._share(total, [] if step is None else [step])
             return summed(value.mul_(share), self.group).item(), summed(gradient.mul_(share), self.group)
 
+    @full_precision()
+    def loss_at(self, step: Float[Tensor, "P"]) -> float:
+        """Return the loss of the whole set at theta + step, by forward passes alone, with the same dropout masks."""
+        value, total = torch.zeros((), dtype=torch.float64), 0.0
+        with together(self.group):
+            for loss, count in self.recordings.losses_at(step):
+                if count > 0:
+                    total += count
+                    self._average_in(value, loss.double().cpu(), count, total)
+            return summed(value.mul_(self._share(total, [step])), self.group).item()
+
     def _counted(self, recordings: Iterator[Any]) -> Iterator[tuple[Any, float]]:
         """Leave out recordings without a term; yield the others with the number of terms so far."""
         total = 0.0

@@ -148,11 +148,25 @@ class Recordings:
     def at(self, step: Float[Tensor, "P"]) -> Iterator[Recording]:
         """Yield recordings at theta + step, none of them kept."""
         self.refresh()
-        moves = self.layout.unflatten(step)
         for index, place, batch in self._pieces():
-            pairs = zip(self.parameters.items(), moves, strict=True)
-            moved = {name: weight.detach() + move for (name, weight), move in pairs}
-            yield self._record(index, place, batch, (), moved)
+            yield self._record(index, place, batch, (), self._moved(step))
+
+    def losses_at(self, step: Float[Tensor, "P"]) -> Iterator[tuple[Tensor, float]]:
+        """Yield the loss of each batch at theta + step and how many terms it averages, by forward passes alone."""
+        self.refresh()
+        moved = self._moved(step)
+        for index, _, batch in self._pieces():
+            # The kernels of the recorded passes, so that differences of losses are not those of kernels.
+            with borrowed(self._model, self.parameters, self._mode, moved), differentiable_twice(self._model):
+                with torch.no_grad():
+                    outputs, targets = self._forwarded(index, batch)
+                    found = self._loss(outputs, targets), self._loss.count(outputs, targets)
+            yield found
+
+    def _moved(self, step: Float[Tensor, "P"]) -> dict[str, Tensor]:
+        """The chosen parameters at theta + step."""
+        pairs = zip(self.parameters.items(), self.layout.unflatten(step), strict=True)
+        return {name: weight.detach() + move for (name, weight), move in pairs}
 
     def pieces(self) -> Iterator[Piece]:
         """Yield the batches or their pieces, to be run otherwise than recorded."""
