@@ -156,11 +156,13 @@ class Recordings:
         self.refresh()
         moved = self._moved(step)
         for index, _, batch in self._pieces():
-            # The kernels of the recorded passes, so that differences of losses are not those of kernels.
-            with borrowed(self._model, self.parameters, self._mode, moved), differentiable_twice(self._model):
-                with torch.no_grad():
-                    outputs, targets = self._forwarded(index, batch)
-                    found = self._loss(outputs, targets), self._loss.count(outputs, targets)
+            with (
+                borrowed(self._model, self.parameters, self._mode, moved),
+                differentiable_twice(self._model),  # the kernels of recorded passes, so that losses compare
+                torch.no_grad(),
+            ):
+                outputs, targets = self._forwarded(index, batch)
+                found = self._loss(outputs, targets), self._loss.count(outputs, targets)
             yield found
 
     def _moved(self, step: Float[Tensor, "P"]) -> dict[str, Tensor]:

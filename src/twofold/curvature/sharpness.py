@@ -135,8 +135,8 @@ def sharpness(
     """Measure sharpness at the weights theta in the ways that papers do; each formula stands in `Sharpness`.
 
     All are of the loss over the whole set, averaged exactly, with the same dropout masks at every point; the model is
-    left as it was. Worst cases are lower bounds, found by projected gradient ascent that starts with SAM's step, or along
-    the eigenvector of lambda_max where that was asked for and leads higher. Averages take antithetic pairs,
+    left as it was. Worst cases are lower bounds, found by projected gradient ascent that starts with SAM's step, or
+    along the eigenvector of lambda_max where that was asked for and leads higher. Averages take antithetic pairs,
     (L(theta + e) + L(theta - e)) / 2, so that the gradient adds no noise to them. Differences of losses below 1e-6 of
     the loss are rounding in float32: measure those in float64.
 
@@ -213,7 +213,7 @@ def sharpness(
         found["adaptive_worst_case"] = ascend(products, adaptive_rho, scale=size, p=p, **options)
     for name, scale in (("average", sigma), ("adaptive_average", adaptive_sigma * size)):
         if name in wanted:
-            found[name] = _average(products, loss, scale, num_samples, generator)
+            found[name] = _average(products, loss, scale, num_samples, generator_for(hessian, generator))
     if "keskar" in wanted:
         rise = ascend(products, epsilon, scale=size + 1, p=math.inf, **options).rise
         found["keskar"] = 100 * rise / (1 + loss)
@@ -242,11 +242,10 @@ def _average(
     loss: float,
     scale: float | Float[Tensor, "P"],
     num_samples: int,
-    generator: torch.Generator | None,
+    generator: torch.Generator,
 ) -> Estimate:
     """E L(theta + scale n) - L(theta), n ~ N(0, I), from antithetic pairs."""
     layout = products.layout
-    generator = generator_for(layout.device, generator)
     samples = []
     for _ in range(num_samples):
         noise = torch.randn(layout.size, generator=generator, device=generator.device, dtype=layout.dtype)
