@@ -4,6 +4,7 @@ Every allocation of tensors is counted, by torch's profiler. The measure is one 
 with its graph, product.
 """
 
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -25,6 +26,8 @@ MIB = 2**20
 
 def peak(run: Callable[[], object]) -> int:
     """The most bytes that were held at once while `run` ran, above those held before; its result counts while held."""
+    run()  # what is allocated once and stays does not count
+    gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         kept = run()
     del kept
@@ -49,7 +52,6 @@ def fresh(setting: Setting) -> object:
 
 def peaks(setting: Setting) -> list[Row]:
     """Peaks of what is made and multiplied once, over that of a fresh double backward."""
-    setting.gradient()  # whatever is allocated only once
     base = peak(lambda: fresh(setting))
 
     def over(make: Callable[[], Any], use: Callable[[Any], object] = lambda op: op @ setting.vector()) -> float:
