@@ -188,3 +188,17 @@ def test_losses_that_are_constant_or_work_in_place():
     )
     t = torch.randn(6, 3)
     torch.testing.assert_close(in_place.output_hessian(z, y)([t]), plain.output_hessian(z, y)([t]))
+
+
+@pytest.mark.parametrize(("loss_fn", "shape", "targets"), LOSSES.values(), ids=LOSSES.keys())
+def test_the_third_derivative_is_that_of_autograd(loss_fn, shape, targets):
+    z, t, y = torch.randn(shape), torch.randn(shape), targets()
+
+    def twice_along(outputs):
+        def along(f):
+            return lambda q: torch.func.jvp(f, (q,), (t,))[1]
+
+        return along(along(lambda q: as_loss(loss_fn)(q, y)))(outputs)
+
+    (found,) = as_loss(loss_fn).output_third(z, y)([t])
+    torch.testing.assert_close(found, torch.func.grad(twice_along)(z))

@@ -302,7 +302,9 @@ ROWS = {
         draws=True,
         order=2,
     ),
-    "HessianTrace": Row(lambda s, **o: HessianTrace(strength=s, num_probes=2, **o), hessian_trace, draws=True),
+    "HessianTrace": Row(
+        lambda s, **o: HessianTrace(strength=s, num_probes=2, **o), hessian_trace, passes=2, draws=True
+    ),
     "HessianTrace difference": Row(
         lambda s, **o: HessianTrace(strength=s, num_probes=2, method="difference", **o),
         hessian_trace,

@@ -305,7 +305,10 @@ def test_noise_differs_from_step_to_step_and_resumes(row):
 
 
 class Failing(nn.Module):
-    """Raises in the n-th forward or backward pass, after it has moved everything that can be moved."""
+    """Raises in the n-th forward or backward pass, after it has moved everything that can be moved.
+
+    A hook on a tensor stops jets, so that HessianTrace begins anew and meets it in its next pass.
+    """
 
     def __init__(self, fail_at, where):
         super().__init__()
@@ -315,7 +318,7 @@ class Failing(nn.Module):
     def forward(self, x):
         self.log.items.append(x)
         h = F.gelu(self.norm(F.dropout(self.inner(x), 0.5)))
-        if len(self.log.items) == self.fail_at:
+        if len(self.log.items) >= self.fail_at:
             self.extra = h
             self.eval()
             if self.where == "forward":
@@ -340,7 +343,7 @@ def test_an_exception_in_any_pass_leaves_everything_as_it_was(row, where):
         random, own = torch.get_rng_state(), generator.get_state()
         with pytest.raises(RuntimeError, match="on purpose"):
             row.make(0.1, generator=generator).backward(model, F.cross_entropy, batch)
-        assert len(model.log.items) == fail_at
+        assert len(model.log.items) >= fail_at
         assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), before.values(), strict=True))
         assert torch.equal(torch.get_rng_state(), random)
         assert torch.equal(generator.get_state(), own)

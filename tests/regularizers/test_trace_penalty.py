@@ -13,11 +13,29 @@ from models import CASES
 from references import dense, relative
 from regularizers.rows import Problem, flat
 from twofold.curvature.differentiable import buffers_replaced, module_state_kept
+from twofold.curvature.jet_rules import NotCarriedError
 from twofold.curvature.operators import Hessian
 from twofold.errors import TwofoldError
 from twofold.regularizers import GaussNewtonTrace, HessianTrace, matched_sigma
+from twofold.regularizers.passes import ModelPasses
 
 pytestmark = pytest.mark.filterwarnings("ignore::twofold.errors.TwofoldWarning")
+
+
+class Unknown(nn.Module):
+    """torch.cumprod, which jets do not know, after batch norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.b(self.norm(self.a(x)).sigmoid().cumprod(1))
+
+
+class CheckpointedActivation(Unknown):
+    def forward(self, x):
+        return self.b(checkpoint(torch.tanh, self.norm(self.a(x)), use_reentrant=False))
 
 
 UNKNOWN_LOSSES = {"Huber", "custom loss"}
@@ -55,9 +73,9 @@ def slope_of_hessian_product(case, v):
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_the_hessian_trace_has_the_right_third_derivative_on_every_model(case):
-    case = case()
+@pytest.mark.parametrize("name", CASES)
+def test_the_hessian_trace_has_the_right_third_derivative_on_every_model(name):
+    case = CASES[name]()
     generator = torch.Generator().manual_seed(3)
     drawn = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))
     v = torch.cat([torch.randint(2, p.shape, generator=drawn).reshape(-1) * 2.0 - 1 for p in case.model.parameters()])
@@ -66,6 +84,39 @@ def test_the_hessian_trace_has_the_right_third_derivative_on_every_model(case):
     assert relative(found - g, slope_of_hessian_product(case, v)) < 1e-9
     H = dense(case.model, case.loss_fn, case.batches[:1], forward=case.forward).hessian
     assert trace == pytest.approx((v @ H @ v).item(), rel=1e-9)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("name", CASES)
+def test_jets_and_a_threefold_reverse_pass_agree(name):
+    by_jets, by_reverse = (
+        HessianTrace(strength=1.0, num_probes=2, generator=torch.Generator().manual_seed(2)) for _ in range(2)
+    )
+    case = CASES[name]()
+    with mock.patch.object(ModelPasses, "_jets_pass", side_effect=NotCarriedError("everything")) as refused:
+        expected, trace = run(case, by_reverse)
+    found, value = run(case, by_jets)
+    assert refused.call_count == 1
+    assert relative(found, expected) < 1e-12
+    assert value == pytest.approx(trace, rel=1e-9)
+
+
+@pytest.mark.parametrize("model", [Unknown, CheckpointedActivation], ids=["unknown", "checkpoint"])
+def test_what_jets_do_not_know_is_differentiated_three_times_and_moves_statistics_once(model):
+    """The pass that is given up leaves nothing: one step moves batch norm as plain training does."""
+    torch.manual_seed(1)
+    penalised, x, y = model(), torch.randn(6, 3), torch.randint(3, (6,))
+    plain = copy.deepcopy(penalised)
+    torch.manual_seed(2)
+    F.cross_entropy(plain(x), y).backward()
+    torch.manual_seed(2)
+    HessianTrace(strength=0.0).backward(copy.deepcopy(penalised), F.cross_entropy, (x, y))
+    torch.manual_seed(2)
+    HessianTrace(strength=1e-30).backward(penalised, F.cross_entropy, (x, y))
+    for one, other in zip(penalised.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(one, other)
+    for one, other in zip(penalised.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
 
 
 @pytest.mark.usefixtures("float64")

@@ -118,6 +118,21 @@ class Loss:
         total = torch.stack([one.to(sums[0]) for one in sums]).sum(0)
         return [total.to(one).view(-1, *[1] * (one.dim() - 1)) if one.dim() else total.to(one) for one in entries]
 
+    def output_third(self, outputs: Any, targets: Any) -> OutputProduct:
+        """Return t -> the gradient of t'H_z t in the outputs, t held fixed; arguments are those of `output_hessian`."""
+
+        def third(tangents: Sequence[Tensor]) -> list[Tensor]:
+            leaves, rebuilt = detached_leaves(outputs)
+            with torch.enable_grad():
+                value = self(rebuilt, targets)
+                for _ in range(2):
+                    value = _along(value, leaves, tangents)
+                if not value.requires_grad:
+                    return [torch.zeros_like(leaf) for leaf in leaves]
+                return list(torch.autograd.grad(value, leaves, materialize_grads=True))
+
+        return third
+
     def residual(self, outputs: Tensor, targets: Any, kind: Residual, generator: torch.Generator | None) -> Tensor:
         """Draw r with covariance H_z, so that E ||J' r||^2 = tr GN.
 
@@ -198,6 +213,12 @@ class CrossEntropy(Loss):
 
         return product
 
+    def output_third(self, outputs: Tensor, targets: Tensor) -> OutputProduct:
+        """Return t -> H_z d^2 with d = t - <p, t>."""
+        dim = _class_dim(outputs)
+        p, product = outputs.detach().to(_wide(outputs)).softmax(dim), self.output_hessian(outputs, targets)
+        return lambda tangents: product([(tangents[0] - (p * tangents[0]).sum(dim, keepdim=True)).square()])
+
     def residual(self, outputs: Tensor, targets: Any, kind: Residual, generator: torch.Generator | None) -> Tensor:
         """Draw sqrt(S) (p - onehot(y^)), or sqrt(S) (diag sqrt(p) - p sqrt(p)') xi."""
         dim = _class_dim(outputs)
@@ -262,6 +283,11 @@ class BCEWithLogits(Elementwise):
         diagonal = self._scale(outputs, targets) * p * (1 - p)
         return lambda tangents: [(diagonal * tangents[0]).to(tangents[0].dtype)]
 
+    def output_third(self, outputs: Tensor, targets: Tensor) -> OutputProduct:
+        """Return t -> s sigma (1 - sigma) (1 - 2 sigma) t^2."""
+        bend, product = 1 - 2 * outputs.detach().to(_wide(outputs)).sigmoid(), self.output_hessian(outputs, targets)
+        return lambda tangents: product([(bend * tangents[0].square()).to(tangents[0].dtype)])
+
     def residual(self, outputs: Tensor, targets: Any, kind: Residual, generator: torch.Generator | None) -> Tensor:
         """Draw sqrt(s) (sigma - Bernoulli(sigma)), or sqrt(s sigma (1 - sigma)) xi."""
         z = outputs.to(_wide(outputs))
@@ -290,6 +316,10 @@ class MSE(Elementwise):
         """Return t -> 2 w t / sum w."""
         scale = self._scale(outputs, targets)
         return lambda tangents: [(scale * tangents[0]).to(tangents[0].dtype)]
+
+    def output_third(self, outputs: Tensor, targets: Tensor) -> OutputProduct:
+        """Return t -> 0."""
+        return lambda tangents: [torch.zeros_like(tangents[0])]
 
     def residual(self, outputs: Tensor, targets: Any, kind: Residual, generator: torch.Generator | None) -> Tensor:
         """Draw from a Gaussian with covariance H_z, which does not depend on z."""
@@ -325,6 +355,14 @@ def detached_leaves(outputs: Any) -> tuple[list[Tensor], Any]:
     with torch.enable_grad():
         copies = [leaf.clone() if is_differentiable(leaf) else leaf for leaf in flat]
     return [leaf for leaf in flat if is_differentiable(leaf)], tree_unflatten(copies, spec)
+
+
+def _along(value: Tensor, leaves: Sequence[Tensor], tangents: Sequence[Tensor]) -> Tensor:
+    """The derivative of a scalar along tangents, with a graph of its own."""
+    if not value.requires_grad:
+        return value
+    slopes = torch.autograd.grad(value, leaves, create_graph=True, materialize_grads=True)
+    return torch.stack([(slope * t).sum() for slope, t in zip(slopes, tangents, strict=True)]).sum()
 
 
 def is_differentiable(leaf: Any) -> bool:

@@ -15,14 +15,14 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from twofold.batches import describe, split
-from twofold.curvature.differentiable import ModuleState, unwrap
+from twofold.curvature.differentiable import unwrap
 from twofold.curvature.torch_losses import as_loss
 from twofold.errors import TwofoldError, TwofoldWarning
 from twofold.parameters import norm, select_parameters
 from twofold.regularizers.gradients import Gradients, accumulate, add_scaled, refuse_sparse
 from twofold.regularizers.memory import Memory
 from twofold.regularizers.microbatches import joined
-from twofold.regularizers.passes import ModelPasses, Passes, RandomSources
+from twofold.regularizers.passes import ModelPasses, ModelState, Passes, RandomSources
 from twofold.regularizers.surrogate import loss_that_hands_on
 from twofold.types import Forward, LossFn, Params
 
@@ -401,21 +401,11 @@ class _Snapshot:
 
     def __init__(self, model: nn.Module, generator: torch.Generator | None) -> None:
         self.random = RandomSources(generator)
-        self._modules = ModuleState(model)
-        self._tensors = [(tensor, tensor.clone()) for module in model.modules() for tensor in _held(module)]
+        self._model = ModelState(model)
 
     def restore(self) -> None:
         self.random.restore()
-        self._modules.restore()
-        with torch.no_grad():
-            for tensor, value in self._tensors:
-                tensor.copy_(value)
-
-
-def _held(module: nn.Module) -> list[Tensor]:
-    """Buffers, and tensors kept as plain attributes, off the graph."""
-    held = [*module._buffers.values(), *(value for value in module.__dict__.values() if type(value) is Tensor)]
-    return [tensor for tensor in held if tensor is not None and not tensor.requires_grad]
+        self._model.restore()
 
 
 def _is_fresh(parameters: Iterable[nn.Parameter]) -> bool:

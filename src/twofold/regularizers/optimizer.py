@@ -18,7 +18,7 @@ from twofold.errors import TwofoldError
 from twofold.regularizers.base import Regularizer
 from twofold.regularizers.gradients import Gradients
 from twofold.regularizers.passes import Passes, RandomSources
-from twofold.regularizers.recorded import LossGraph, Recorded
+from twofold.regularizers.recorded import JetGraph, LossGraph, Recorded
 
 Closure = Callable[[], Any]
 
@@ -315,6 +315,12 @@ class ClosurePasses(Passes):
         raise self._refusal()
 
     def _graph_pass(self) -> LossGraph:
+        raise self._refusal()
+
+    def _jets_pass(self, direction: Sequence[Tensor]) -> JetGraph:
+        raise self._refusal()
+
+    def _undo_jets(self) -> None:
         raise self._refusal()
 
     def _refusal(self) -> TwofoldError:

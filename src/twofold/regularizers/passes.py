@@ -7,7 +7,7 @@ no trace.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from twofold.batches import run_forward
 from twofold.curvature.differentiable import (
+    ModuleState,
     RandomState,
     buffers_replaced,
     composed_kernels,
@@ -23,15 +24,17 @@ from twofold.curvature.differentiable import (
     module_state_kept,
     refusals_named,
 )
+from twofold.curvature.jet_rules import NotCarriedError
+from twofold.curvature.jets import Jets, carried, output_jets
 from twofold.curvature.losses import Loss, OutputProduct, Residual
 from twofold.curvature.operators import Hessian
 from twofold.curvature.primitives import check_differentiable_thrice, differentiable_thrice
-from twofold.curvature.recording import Recording, refuse_reentrant
+from twofold.curvature.recording import OutputLoss, Recording, refuse_reentrant
 from twofold.curvature.torch_losses import as_loss
 from twofold.errors import TwofoldError
 from twofold.regularizers.autocast import Autocast
 from twofold.regularizers.gradients import Gradients, unscaled
-from twofold.regularizers.recorded import LossGraph, Recorded
+from twofold.regularizers.recorded import JetGraph, LossGraph, Recorded
 from twofold.types import Forward, LossFn
 
 
@@ -171,6 +174,24 @@ class Passes(ABC):
         self._begin()
         return self._graph_pass()
 
+    def jets(self, direction: Sequence[Tensor]) -> JetGraph:
+        """Make a pass that carries order-2 jets of theta + e v on a graph, v over the chosen parameters.
+
+        Raises:
+            NotCarriedError: the model does something that jets do not know; then it is as if no pass had been made.
+            TwofoldError: where passes are a closure's, which hides the outputs.
+        """
+        try:
+            if self._begun:
+                with self._replayed():
+                    return self._jets_pass(direction)
+            self._begin()
+            return self._jets_pass(direction)
+        except NotCarriedError:
+            self._begun = False
+            self._undo_jets()
+            raise
+
     def _begin(self) -> None:
         self._begun = True
         if self._start is None:
@@ -218,6 +239,12 @@ class Passes(ABC):
     @abstractmethod
     def _graph_pass(self) -> LossGraph: ...
 
+    @abstractmethod
+    def _jets_pass(self, direction: Sequence[Tensor]) -> JetGraph: ...
+
+    @abstractmethod
+    def _undo_jets(self) -> None: ...
+
 
 class ModelPasses(Passes):
     """Passes of a model and a loss over one batch.
@@ -258,6 +285,7 @@ class ModelPasses(Passes):
         self._batch = batch
         self._forward = forward
         self._scale = scale
+        self._before_jets: ModelState | None = None
         self._autocast = Autocast({"cpu", *(parameter.device.type for parameter in parameters)})
 
     def need_outputs(self) -> None:
@@ -297,10 +325,7 @@ class ModelPasses(Passes):
         if not attached:
             raise TwofoldError("The model's outputs do not depend on any trainable parameter.")
         refuse_reentrant(attached)
-        loss = as_loss(self._loss_fn)
-        loss.loss_fn = self._autocast.inside(loss.loss_fn)
-        if self._scale != 1:
-            loss = _Scaled(loss, self._scale)
+        loss = self._as_loss()
         with self._autocast.off():
             around = self._recomputing if repairs.checkpointed else nullcontext
             recording = Recording(outputs, targets, loss, chosen, around)
@@ -321,6 +346,60 @@ class ModelPasses(Passes):
         refuse_reentrant([loss])
         self.outputs, self.targets = _detached(outputs), targets
         return LossGraph(loss.detach(), loss * self._scale, self._scale, self._autocast)
+
+    def _jets_pass(self, direction: Sequence[Tensor]) -> JetGraph:
+        chosen = {str(i): parameter for i, parameter in zip(self._chosen, self.chosen, strict=True)}
+        with ExitStack() as stack:
+            if self.outputs is None:
+                self._before_jets = ModelState(self.model)
+            else:
+                stack.enter_context(module_state_kept(self.model))
+                buffers_replaced(self.model)
+            stack.enter_context(self._autocast.fresh())
+            stack.enter_context(composed_kernels(self.model))
+            jets = stack.enter_context(carried(chosen, direction, Jets(graph=True)))
+            outputs, targets = run_forward(self._forward, self.model, self._batch)
+            found = output_jets(jets, outputs)
+        if self.outputs is None:
+            self.outputs, self.targets = _detached(outputs), targets
+        loss = self._as_loss()
+        with self._autocast.off():
+            at_outputs = OutputLoss(outputs, targets, loss, chosen)
+        return JetGraph(found, at_outputs, loss, targets, self.parameters, self._scale, self._autocast)
+
+    def _undo_jets(self) -> None:
+        self.outputs = self.targets = None
+        if self._before_jets is not None:
+            self._before_jets.restore()
+        if self._start is not None:
+            self._start.restore()
+
+    def _as_loss(self) -> Loss:
+        """The loss under the caller's autocast, times the scaler's factor."""
+        loss = as_loss(self._loss_fn)
+        loss.loss_fn = self._autocast.inside(loss.loss_fn)
+        return loss if self._scale == 1 else _Scaled(loss, self._scale)
+
+
+class ModelState:
+    """What a pass moves in a model: all that hangs on its modules, and the tensors that it writes into."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = ModuleState(model)
+        self._tensors = [(tensor, tensor.clone()) for module in model.modules() for tensor in _held(module)]
+
+    def restore(self) -> None:
+        """Put everything back as it was."""
+        self._modules.restore()
+        with torch.no_grad():
+            for tensor, value in self._tensors:
+                tensor.copy_(value)
+
+
+def _held(module: nn.Module) -> list[Tensor]:
+    """Buffers, and tensors kept as plain attributes, off the graph."""
+    held = [*module._buffers.values(), *(value for value in module.__dict__.values() if type(value) is Tensor)]
+    return [tensor for tensor in held if tensor is not None and not tensor.requires_grad]
 
 
 def _detached(outputs: Any) -> Any:
@@ -347,6 +426,15 @@ class _Scaled(Loss):
         def scaled(tangents: Sequence[Tensor]) -> list[Tensor]:
             wide = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in tangents]
             return [(self._factor * h).to(t.dtype) for h, t in zip(product(wide), tangents, strict=True)]
+
+        return scaled
+
+    def output_third(self, outputs: Any, targets: Any) -> OutputProduct:
+        third = self._loss.output_third(outputs, targets)
+
+        def scaled(tangents: Sequence[Tensor]) -> list[Tensor]:
+            wide = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in tangents]
+            return [(self._factor * h).to(t.dtype) for h, t in zip(third(wide), tangents, strict=True)]
 
         return scaled
 

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from twofold.curvature.differentiable import refusals_named
-from twofold.curvature.losses import Loss, detached_leaves
-from twofold.curvature.recording import Recording, leaves_of
+from twofold.curvature.jet_rules import Jet
+from twofold.curvature.losses import Loss
+from twofold.curvature.recording import OutputLoss, Recording, leaves_of
+from twofold.parameters import dot
 from twofold.regularizers.autocast import Autocast
 from twofold.regularizers.gradients import Gradients, unscaled
 from twofold.types import Matrix
@@ -97,14 +99,9 @@ class Recorded:
 
     def output_third(self, tangents: Sequence[Tensor]) -> list[Tensor]:
         """Return the gradient of t'H_z t in the outputs, t held fixed."""
-        leaves, outputs = detached_leaves(self.outputs)
         with self.autocast.off():
-            value = self.loss_view(outputs, self.targets)
-            for _ in range(2):
-                value = _along(value, leaves, tangents)
-            if not value.requires_grad:
-                return [torch.zeros_like(leaf) for leaf in leaves]
-            return [third / self.scale for third in torch.autograd.grad(value, leaves, materialize_grads=True)]
+            third = self.loss_view.output_third(self.recording.detached, self.targets)(tangents)
+            return [one / self.scale for one in third]
 
     def vjp(self, cotangents: Sequence[Tensor]) -> list[Tensor]:
         """Return J'u over the chosen parameters, with a graph of its own; zeros where nothing depends on them."""
@@ -117,6 +114,61 @@ class Recorded:
         """Each output that the loss depends on, with its cotangent."""
         every = zip(self.recording.outputs, cotangents, self.recording.reads, strict=True)
         return [(z, u) for z, u, is_read in every if is_read]
+
+
+@dataclass(frozen=True)
+class JetGraph:
+    """A pass that carried jets of theta + e v on a graph, and the loss at its outputs.
+
+    Attributes:
+        jets: z0 + e z1 + e^2/2 z2 of the outputs.
+        at_outputs: the loss, multiplied with `scale`.
+        loss_view: the loss as a function of the outputs.
+        targets: the batch's targets.
+        parameters: every trainable parameter.
+        scale: a gradient scaler's factor.
+        autocast: the caller's autocast.
+    """
+
+    jets: list[Jet]
+    at_outputs: OutputLoss
+    loss_view: Loss
+    targets: Any
+    parameters: list[nn.Parameter]
+    scale: float
+    autocast: Autocast
+
+    @property
+    def loss(self) -> Tensor:
+        """The loss, detached."""
+        return self.at_outputs.value / self.scale
+
+    def gradients(self, factor: float, *, with_loss: bool) -> tuple[Tensor, Gradients]:
+        """Return v'Hv, and the gradient of factor v'Hv (plus the loss) from one backward pass.
+
+        With u = dl/dz and T the third derivative of the loss, v'Hv = <z1, H_z z1> + <u, z2> has the derivatives
+        H_z z2 + T(z1, z1) in z0, 2 H_z z1 in z1 and u in z2.
+        """
+        u = self.at_outputs.output_gradient
+        with self.autocast.off(), torch.no_grad():
+            first = [torch.zeros_like(z0) if z1 is None else z1.detach() for z0, z1, _ in self.jets]
+            second = [torch.zeros_like(z0) if z2 is None else z2.detach() for z0, _, z2 in self.jets]
+            curved = self.at_outputs.output_hessian(first)
+            third = self.loss_view.output_third(self.at_outputs.detached, self.targets)(first)
+            bent = [a + b for a, b in zip(self.at_outputs.output_hessian(second), third, strict=True)]
+            value = (dot(first, curved) + dot(u, second)) / self.scale
+        sources: list[tuple[Tensor, Tensor]] = []
+        for i, jet in enumerate(self.jets):
+            if self.at_outputs.reads[i]:
+                at_z0 = factor * bent[i] + u[i] if with_loss else factor * bent[i]
+                parts = ((jet.z0, at_z0), (jet.z1, 2 * factor * curved[i]), (jet.z2, factor * u[i]))
+                sources += [(z, at.to(z.dtype)) for z, at in parts if z is not None and z.requires_grad]
+        if not sources:
+            return value, [None for _ in self.parameters]
+        heads, cotangents = zip(*sources, strict=True)
+        with self.autocast.off(), refusals_named():
+            found = torch.autograd.grad(heads, self.parameters, cotangents, allow_unused=True)
+        return value, unscaled(found, self.scale)
 
 
 @dataclass(frozen=True)
@@ -140,11 +192,3 @@ class LossGraph:
         """Take derivatives in the graph's own precision, with refusals by name."""
         with self.autocast.off(), refusals_named():
             yield
-
-
-def _along(value: Tensor, leaves: Sequence[Tensor], tangents: Sequence[Tensor]) -> Tensor:
-    """The derivative of a scalar along tangents, with a graph of its own."""
-    if not value.requires_grad:
-        return value
-    slopes = torch.autograd.grad(value, leaves, create_graph=True, materialize_grads=True)
-    return torch.stack([(slope * t).sum() for slope, t in zip(slopes, tangents, strict=True)]).sum()

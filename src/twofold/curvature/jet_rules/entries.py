@@ -44,7 +44,10 @@ def of_entries(f: Callable[[Tensor], Tensor], x: Jet, *, curved: bool = True) ->
     with torch.enable_grad():
         at = x0 if graph and x0.requires_grad else x0.detach().requires_grad_()
         y = f(at)
-        slope = torch.autograd.grad(y, at, torch.ones_like(y), create_graph=curved)[0] if y.requires_grad else None
+        slope = None
+        if y.requires_grad:
+            ones = torch.ones_like(y)
+            (slope,) = torch.autograd.grad(y, at, ones, create_graph=curved, retain_graph=graph or curved)
         curvature = None
         if x1 is not None and slope is not None and slope.requires_grad:
             ones = torch.ones_like(slope)
