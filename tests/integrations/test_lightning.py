@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 import twofold
@@ -282,6 +282,28 @@ def test_a_multiple_of_a_torch_loss_is_seen_from_its_outputs(scaled):
         by_hand(expected, data, make())
         for a, b in zip(module.parameters(), expected.parameters(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+class Shard(IterableDataset):
+    """Every second batch, beginning with this process's own."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __iter__(self):
+        return iter(self.data[torch.distributed.get_rank() :: 2])
+
+
+@pytest.mark.parametrize("name", ["SAM", "GradientPenalty NME", "GSAM"])
+def test_two_processes_average_what_each_hands_on(name):
+    module, data = problem()
+    module.body[3].p = 0.0
+    expected = copy.deepcopy(module)
+    regularizer = ROWS[name].make(0.1)
+    fit(module, Shard(data), RegularizerCallback(regularizer), strategy="ddp_fork", devices=2)
+    by_hand(expected, data, ROWS[name].make(0.1), accumulate=2)
+    for a, b in zip(module.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 class WithSharpnessAware(Module):
