@@ -77,6 +77,8 @@ class Eigenpairs:
         residuals: ||A v - lambda v|| for each pair; some eigenvalue of A lies within this distance of lambda.
         converged: whether every residual is within the tolerance that was asked for.
         num_matvecs: how many matrix-vector products it took.
+        parts: {matrix: v'Av for each eigenvector}, what each half of the Hessian has of the eigenvalue; None where that
+            was not asked for (see `Curvature.eigsh`).
     """
 
     values: Float[Tensor, "k"]
@@ -84,11 +86,18 @@ class Eigenpairs:
     residuals: Float[Tensor, "k"]
     converged: bool
     num_matvecs: int
+    parts: Mapping[str, Float[Tensor, "k"]] | None = None
 
     def __str__(self) -> str:
         pairs = zip(self.values.tolist(), self.residuals.tolist(), strict=True)
-        found = ", ".join(f"{value:.4g} ± {residual:.1g}" for value, residual in pairs)
-        return f"{found} ({self.num_matvecs} matvecs{'' if self.converged else ', not converged'})"
+        found = [f"{value:.4g} ± {residual:.1g}" for value, residual in pairs]
+        cost = f"({self.num_matvecs} matvecs{'' if self.converged else ', not converged'})"
+        if self.parts is None:
+            return f"{', '.join(found)} {cost}"
+        width = max(map(len, found))
+        columns = {name: [f"{value:.4g}" for value in of.tolist()] for name, of in self.parts.items()}
+        shares = [", ".join(f"{name} {column[i]}" for name, column in columns.items()) for i in range(len(found))]
+        return "\n".join([*(f"{one:{width}}: {share}" for one, share in zip(found, shares, strict=True)), cost])
 
 
 @dataclass(frozen=True, eq=False)

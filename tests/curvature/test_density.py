@@ -136,3 +136,38 @@ def test_same_call_same_numbers_and_no_global_randomness():
 def test_bad_input_is_refused(operator, arguments, match):
     with pytest.raises(TwofoldError, match=match):
         twofold.spectral_density(operator, **arguments)
+
+
+def test_halves_share_probes_grid_and_width():
+    case = CASES["mlp"]()
+    c = twofold.Curvature(case.model, case.loss_fn, case.batches)
+    generator = torch.Generator().manual_seed(2)
+    found = c.spectral_densities(num_probes=3, steps=12, generator=generator)
+    alone = twofold.spectral_density(c.nme, num_probes=3, steps=12, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(found["nme"].nodes, alone.nodes)
+    assert len({density.sigma for density in found.values()}) == 1
+    for density in found.values():
+        assert torch.equal(density.grid, found["hessian"].grid)
+        assert torch.trapezoid(density.density, density.grid).item() == pytest.approx(1, abs=1e-5)
+    means = {part: density.integrate(lambda x: x).value for part, density in found.items()}
+    assert means["hessian"] == pytest.approx(means["gauss_newton"] + means["nme"])
+    split = c.spectral_densities(parts=("activation_nme", "rest"), num_probes=2, steps=4, sigma=0.5)
+    assert {density.sigma for density in split.values()} == {0.5}
+    with pytest.raises(TwofoldError, match="parts"):
+        c.spectral_densities(parts=("nmee",))
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3])
+def test_a_krylov_space_that_ends_early_is_no_error(rank):
+    values = torch.zeros(60)
+    values[:rank] = torch.tensor([4.0, -2.0, 1.0])[:rank]
+    found = twofold.spectral_density(symmetric(values), num_probes=4, steps=40)
+    assert found.num_matvecs <= 4 * (rank + 1)
+    assert found.integrate(torch.square).value * 60 < 8 * values.square().sum().item() + 1e-12
+    zeros = (found.weights * (found.nodes.abs() < 1e-9)).sum(1)
+    assert (zeros > 0.5).all()
+
+
+def test_a_width_that_no_grid_can_show_is_refused():
+    with pytest.raises(TwofoldError, match="Pass a grid"):
+        twofold.spectral_density(symmetric(torch.linspace(-1, 1, 20)), sigma=1e-9)

@@ -282,3 +282,35 @@ def test_same_call_same_numbers_and_no_global_randomness():
 def test_pairs_read_well():
     pairs = twofold.Eigenpairs(torch.tensor([1.5, 20]), torch.eye(2), torch.tensor([1e-6, 2e-6]), True, 12)
     assert str(pairs) == "1.5 ± 1e-06, 20 ± 2e-06 (12 matvecs)"
+
+
+@pytest.mark.parametrize("part", ["hessian", "gauss_newton", "nme", "activation_nme", "rest"])
+def test_eigenvalues_are_told_by_halves(part, float64):
+    case = CASES["mlp"]()
+    c = twofold.Curvature(case.model, case.loss_fn, case.batches)
+    found = c.eigsh(3, which="BE", part=part)
+    check_pairs(getattr(c, part).to_dense(), found, "BE")
+    assert list(found.parts) == ["gauss_newton", "nme"]
+    for half, forms in found.parts.items():
+        dense = getattr(c, half).to_dense()
+        torch.testing.assert_close(forms, torch.einsum("pk,pq,qk->k", found.vectors, dense, found.vectors))
+    if part == "hessian":
+        torch.testing.assert_close(found.parts["gauss_newton"] + found.parts["nme"], found.values)
+    elif part == "gauss_newton":
+        torch.testing.assert_close(found.parts["gauss_newton"], found.values, atol=1e-7, rtol=0)
+
+
+def test_pairs_told_by_halves_read_well():
+    parts = {"gauss_newton": torch.tensor([1.0, 19]), "nme": torch.tensor([0.5, 1])}
+    pairs = twofold.Eigenpairs(torch.tensor([1.5, 20]), torch.eye(2), torch.tensor([1e-6, 2e-6]), False, 12, parts)
+    assert str(pairs).splitlines() == [
+        "1.5 ± 1e-06: gauss_newton 1, nme 0.5",
+        "20 ± 2e-06 : gauss_newton 19, nme 1",
+        "(12 matvecs, not converged)",
+    ]
+
+
+def test_only_matrices_have_eigenvalues_told_by_halves():
+    case = CASES["mlp"]()
+    with pytest.raises(TwofoldError, match="parts"):
+        twofold.Curvature(case.model, case.loss_fn, case.batches).eigsh(1, part="hesian")

@@ -1,6 +1,7 @@
 """Curvature: the operators of one model and data set, sharing passes and probes."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, get_args
 
@@ -9,14 +10,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from twofold.curvature.blocks import Blocks, Partition
+from twofold.curvature.density import spectral_densities
+from twofold.curvature.eigen import Which, eigsh
 from twofold.curvature.fisher import Fisher, FisherKind
 from twofold.curvature.jacobian import Jacobian
-from twofold.curvature.operators import NME, ActivationNME, GaussNewton, Hessian, rows_of, same_kind
+from twofold.curvature.operators import NME, ActivationNME, GaussNewton, Hessian, RestOfNME, rows_of, same_kind
 from twofold.curvature.probes import check_count, cosine_of, rademacher, root_of, summarise
 from twofold.curvature.products import Products
 from twofold.errors import TwofoldError
 from twofold.types import (
     BlockNorms,
+    Eigenpairs,
     Estimate,
     Forward,
     InnerProduct,
@@ -25,6 +29,7 @@ from twofold.types import (
     Mode,
     Params,
     ProcessGroup,
+    SpectralDensity,
     Vectors,
     Weight,
 )
@@ -112,6 +117,11 @@ class Curvature:
     def activation_nme(self) -> ActivationNME:
         """The part of the NME that carries phi'', the activations' second derivatives."""
         return ActivationNME.of(self._products)
+
+    @cached_property
+    def rest(self) -> RestOfNME:
+        """The rest of the NME: that of the same model with phi'' = 0."""
+        return RestOfNME.of(self._products)
 
     @cached_property
     def jacobian(self) -> Jacobian:
@@ -310,6 +320,70 @@ class Curvature:
                 table = torch.stack(columns)
                 squares[part].append((table + table.T) / 2)
         return {part: partition.norms(torch.stack(samples)) for part, samples in squares.items()}
+
+    def eigsh(self, k: int = 6, *, which: Which = "LA", part: Matrix = "hessian", **options: Any) -> Eigenpairs:
+        """Find k eigenpairs of a matrix, and what each half of the Hessian has of them: v'Hv = v'GN v + v'NME v.
+
+        For part="hessian" the two add up to the eigenvalue: an outlier is of the Gauss-Newton half where v'GN v makes
+        it up. For another part they tell what the halves are along its eigenvectors.
+
+        Args:
+            k: how many eigenpairs.
+            which: "LA" the largest, "SA" the smallest, "LM" the largest in magnitude, "BE" from both ends.
+            part: "hessian", "gauss_newton", "nme", "activation_nme" or "rest".
+            options: tol, max_matvecs, block_size, basis_size, v0 and generator, as in `twofold.eigsh`.
+
+        Returns:
+            Eigenpairs, with .parts = {"gauss_newton": v'GN v, "nme": v'NME v}, each [k]; they take as many products
+            more as there are pairs.
+
+        Raises:
+            TwofoldError: an unknown part, or what `twofold.eigsh` refuses.
+
+        Example:
+            >>> _ = torch.manual_seed(0)
+            >>> model, batch = nn.Sequential(nn.Linear(3, 4), nn.Tanh()), (torch.randn(8, 3), torch.randn(8, 4))
+            >>> pairs = twofold.Curvature(model, nn.MSELoss(), batch).eigsh(2)
+            >>> torch.allclose(pairs.values, pairs.parts["gauss_newton"] + pairs.parts["nme"])
+            True
+        """
+        (part,) = _check_parts((part,))
+        pairs = eigsh(getattr(self, part), k, which=which, **options)
+        forms = self._products.quadratic_forms(pairs.vectors.T.contiguous(), ("gauss_newton", "nme"))
+        return replace(pairs, parts={name: form.to(pairs.values) for name, form in forms.items()})
+
+    def spectral_densities(
+        self,
+        *,
+        parts: Sequence[Matrix] = HALVES,
+        num_probes: int = 8,
+        steps: int = 50,
+        grid: Float[Tensor, "G"] | None = None,
+        sigma: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> dict[Matrix, SpectralDensity]:
+        """Estimate the spectral densities of H, GN and NME from the same probes, on a common grid of equal width.
+
+        Args:
+            parts: which matrices.
+            num_probes, steps, grid, sigma, generator: as in `twofold.spectral_density`; the grid covers all parts.
+
+        Returns:
+            {part: SpectralDensity}.
+
+        Raises:
+            TwofoldError: an unknown part, or what `twofold.spectral_density` refuses.
+
+        Example:
+            >>> model, batch = nn.Sequential(nn.Linear(3, 4), nn.Tanh()), (torch.randn(8, 3), torch.randn(8, 4))
+            >>> densities = twofold.Curvature(model, nn.MSELoss(), batch).spectral_densities(num_probes=2)
+            >>> list(densities), torch.equal(densities["nme"].grid, densities["gauss_newton"].grid)
+            (['hessian', 'gauss_newton', 'nme'], True)
+        """
+        operators = {part: getattr(self, part) for part in _check_parts(parts)}
+        return spectral_densities(
+            operators, num_probes=num_probes, steps=steps, grid=grid, sigma=sigma, generator=generator
+        )
 
     def inner(self, num_matvecs: int = 64, *, generator: torch.Generator | None = None) -> InnerProduct:
         """Estimate <GN, NME>_F = E (GN v)'(NME v) and its cosine from the same Rademacher probes.

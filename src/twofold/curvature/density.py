@@ -1,7 +1,8 @@
 """The spectral density of anything symmetric with .shape and @, by stochastic Lanczos quadrature."""
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -14,12 +15,13 @@ from twofold.curvature.probes import check_count, generator_for, rademacher
 from twofold.errors import TwofoldError
 from twofold.types import SpectralDensity
 
-_POINTS = 1024
+Name = TypeVar("Name")
+
+_POINTS, _MOST_POINTS = 1024, 10**6
 _MARGIN = 5
 """Widths by which the default grid reaches beyond the nodes: 3e-7 of a Gaussian lies outside."""
 
 
-@full_precision()
 def spectral_density(
     operator: Any,
     *,
@@ -61,26 +63,65 @@ def spectral_density(
 
     Source: Ubaru, Chen & Saad 2017, SIAM J. Matrix Anal. Appl. 38(4); for Hessians, 1901.10159.
     """
-    matrix = LinearMap(operator)
+    return spectral_densities(
+        {"": operator}, num_probes=num_probes, steps=steps, grid=grid, sigma=sigma, generator=generator
+    )[""]
+
+
+@full_precision()
+def spectral_densities(
+    operators: Mapping[Name, Any],
+    *,
+    num_probes: int = 8,
+    steps: int = 50,
+    grid: Float[Tensor, "G"] | None = None,
+    sigma: float | None = None,
+    generator: torch.Generator | None = None,
+) -> dict[Name, SpectralDensity]:
+    """Estimate the densities of several matrices of one size from the same probes, on a common grid, equally broadened.
+
+    Arguments and results are those of `spectral_density`, by name; the grid covers the nodes of all.
+    """
     check_count(num_probes, "num_probes")
     check_count(steps, "steps")
     grid = None if grid is None else _check_grid(grid)
     if sigma is not None and not 0 < sigma < math.inf:
         raise TwofoldError(f"sigma must be a positive width; {sigma!r} came.")
-    generator = generator_for(matrix, generator)
-    steps = min(steps, matrix.shape[0])
-    rules = [_quadrature(matrix, probe, steps) for probe in rademacher(matrix, num_probes, generator)]
-    nodes, weights = (torch.stack(parts) for parts in zip(*(rule[:2] for rule in rules), strict=True))
-    low, high = nodes.min().item(), nodes.max().item()
+    matrices = {name: LinearMap(operator) for name, operator in operators.items()}
+    first = next(iter(matrices.values()))
+    generator = generator_for(first, generator)
+    steps = min(steps, first.shape[0])
+    rules: dict[Name, list[tuple[Tensor, Tensor, int]]] = {name: [] for name in matrices}
+    for probe in rademacher(first, num_probes, generator):
+        for name, matrix in matrices.items():
+            rules[name].append(_quadrature(matrix, probe, steps))
+    every = torch.cat([nodes for rule in rules.values() for nodes, _, _ in rule])
+    grid, sigma = _grid_and_width(every.min().item(), every.max().item(), grid, sigma)
+    found = {}
+    for name, rule in rules.items():
+        nodes, weights = (torch.stack(parts) for parts in zip(*(one[:2] for one in rule), strict=True))
+        found[name] = SpectralDensity(grid, grid, grid, nodes, weights, sigma, sum(one[2] for one in rule)).on(grid)
+    return found
+
+
+def _grid_and_width(
+    low: float, high: float, grid: Float[Tensor, "G"] | None, sigma: float | None
+) -> tuple[Float[Tensor, "G"], float]:
+    """What was asked for, or what shows nodes from low to high."""
     if sigma is None:
         # Nodes of a multiple of the identity differ by rounding alone.
         sigma = (max(high - low, 1e-4 * max(abs(low), abs(high))) or 1.0) / 100
         sigma = sigma if grid is None else max(sigma, (grid[-1] - grid[0]).item() / (len(grid) - 1))
-    if grid is None:
-        low, high = low - _MARGIN * sigma, high + _MARGIN * sigma
-        grid = torch.linspace(low, high, max(_POINTS, math.ceil(4 * (high - low) / sigma)), dtype=torch.float64)
-    num_matvecs = sum(rule[2] for rule in rules)
-    return SpectralDensity(grid, grid, grid, nodes, weights, sigma, num_matvecs).on(grid)
+    if grid is not None:
+        return grid, sigma
+    low, high = low - _MARGIN * sigma, high + _MARGIN * sigma
+    points = max(_POINTS, math.ceil(4 * (high - low) / sigma))
+    if points > _MOST_POINTS:
+        raise TwofoldError(
+            f"A grid that shows a width of sigma = {sigma:.3g} over all eigenvalues, {low:.3g} to {high:.3g}, has "
+            f"{points} points. Pass a grid for the part that you want to see, or a larger sigma."
+        )
+    return torch.linspace(low, high, points, dtype=torch.float64), sigma
 
 
 def _quadrature(matrix: LinearMap, probe: Tensor, steps: int) -> tuple[Tensor, Tensor, int]:

@@ -294,6 +294,15 @@ class ActivationNME(_CurvatureOperator):
     part: ClassVar[Matrix] = "activation_nme"
 
 
+class RestOfNME(_CurvatureOperator):
+    """The NME without its activation part: the NME of the same model with phi'' = 0.
+
+    A product costs the time of two gradients; arguments are those of `Curvature`.
+    """
+
+    part: ClassVar[Matrix] = "rest"
+
+
 def rows_of(layout: ParameterLayout, vectors: Vectors) -> Float[Tensor, "K P"]:
     """Check vectors of any accepted form and return them as rows [K, P]."""
     return layout.columns(vectors).T.contiguous()
