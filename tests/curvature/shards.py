@@ -101,6 +101,13 @@ def estimated(c, model, loss_fn, data, rank, group):
     record = twofold.track(model, loss_fn, data, num_probes=2, max_steps=3, group=group).measure(0)
     found["record"] = torch.tensor([value for name, value in record.items() if name.startswith("curvature/")])
     found["fidelity"] = torch.tensor(twofold.fidelity(model, loss_fn, data, rho=0.1, group=group).cosine["nme"])
+    sharp = twofold.sharpness(
+        model, loss_fn, data, num_matvecs=2, num_samples=2, ascent_steps=2, generator=generator(), group=group
+    )
+    found["sharpness"] = torch.tensor(
+        [sharp.loss, sharp.worst_case.rise, sharp.adaptive_worst_case.rise, sharp.average.value, sharp.keskar]
+    )
+    found["top"] = c.eigsh(1).parts["nme"]
     return found
 
 

@@ -366,7 +366,11 @@ class Curvature:
 
         Args:
             parts: which matrices.
-            num_probes, steps, grid, sigma, generator: as in `twofold.spectral_density`; the grid covers all parts.
+            num_probes: how many probes.
+            steps: products for each probe and part.
+            grid: ascending points for the curves; None covers the nodes of all parts.
+            sigma: the curves' width; None takes 1/100 of the range of all nodes.
+            generator: source of the probes; None takes a private one with a fixed seed.
 
         Returns:
             {part: SpectralDensity}.
