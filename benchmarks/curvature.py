@@ -6,7 +6,6 @@ gradient of their inputs, which moves each model's own limit.
 """
 
 import itertools
-import math
 import sys
 import warnings
 from collections.abc import Callable
@@ -192,13 +191,17 @@ def table(names: list[str]) -> Table:
         for measure in (products, traces, lanczos, many_batches):
             rows += [arranged(name, row) for row in measure(setting)]
             print(Table("", rows[-1:]).markdown(), flush=True)
-    cheaper = [
-        f"{peer} is cheaper: {row['measure']} of {row['model']}, {row[peer]:.2f} against {row['twofold']:.2f}."
+    return Table("curvature", rows, others_win(rows))
+
+
+def others_win(rows: list[Row]) -> list[str]:
+    """A line for each figure in which another library has less than ours."""
+    return [
+        f"{peer} wins: {row['measure']} of {row['model']}, {row[peer]:.2f} against {row['twofold']:.2f}."
         for row in rows
         for peer in installed()
-        if (row[peer] or math.inf) < row["twofold"]
+        if row[peer] is not None and row[peer] < row["twofold"]
     ]
-    return Table("curvature", rows, cheaper)
 
 
 def speedups(costs: Table) -> Table:

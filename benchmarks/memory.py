@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 import twofold
-from curvature import LOSS, Row, Setting, arranged
+from curvature import LOSS, Row, Setting, arranged, others_win
 from models import MODELS
 from results import Table, show
 
@@ -81,7 +81,8 @@ def peaks(setting: Setting) -> list[Row]:
 
 def table(names: list[str]) -> Table:
     """Every peak on the named models."""
-    return Table("memory", [arranged(name, row) for name in names for row in peaks(Setting(name))])
+    rows = [arranged(name, row) for name in names for row in peaks(Setting(name))]
+    return Table("memory", rows, others_win(rows))
 
 
 if __name__ == "__main__":
