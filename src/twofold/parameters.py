@@ -20,7 +20,8 @@ def select_parameters(model: nn.Module, params: Params = None) -> dict[str, nn.P
     Args:
         model: any module.
         params: a name or pattern ("layer3.*") or several; None means all that require a gradient. Names of tied
-            parameters resolve to the one parameter; a frozen parameter that is named is included.
+            parameters resolve to the one parameter; a frozen parameter that is named is included. The prefixes that
+            wrappers give to names, "module." and "_orig_mod.", may stand or be left out.
 
     Returns:
         {first name in the model: parameter}, each parameter once.
@@ -53,6 +54,25 @@ def select_parameters(model: nn.Module, params: Params = None) -> dict[str, nn.P
     return chosen
 
 
+def matching(names: Iterable[str], pattern: str) -> set[str]:
+    """The names that a glob pattern matches, if need be without the prefixes of data-parallel and compiled wrappers.
+
+    Example:
+        >>> matching(["0.weight", "0.bias"], "module._orig_mod.0.w*")
+        {'0.weight'}
+    """
+    names = list(names)
+    found = {name for name in names if fnmatchcase(name, pattern)}
+    return found or {name for name in names if fnmatchcase(_unprefixed(name), _unprefixed(pattern))}
+
+
+def _unprefixed(name: str) -> str:
+    name = name.replace("_orig_mod.", "")
+    while name.startswith("module."):
+        name = name.removeprefix("module.")
+    return name
+
+
 def _first_names(model: nn.Module) -> dict[str, str]:
     """{any name of a parameter: its first one}, in the model's order; they differ where parameters are tied."""
     first = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -68,7 +88,7 @@ def _matched(patterns: str | Sequence[str], first_names: Mapping[str, str], argu
     for pattern in patterns:
         if not isinstance(pattern, str):
             raise TwofoldError(f"{argument} takes names or glob patterns; {describe(pattern)} came.")
-        matched = {first for name, first in first_names.items() if fnmatchcase(name, pattern)}
+        matched = {first_names[name] for name in matching(first_names, pattern)}
         if not matched:
             names = ", ".join(list(first_names)[:12]) + (", ..." if len(first_names) > 12 else "")
             raise TwofoldError(f"{argument}: {pattern!r} matches no parameter. {owner} has: {names or 'none'}.")
@@ -150,9 +170,14 @@ class ParameterLayout:
     def from_dict(self, named: Mapping[str, Tensor]) -> Float[Tensor, "P"]:
         """Join named tensors of the parameters' shapes into one vector [P]; the order of the names is free.
 
+        Names may have the prefixes of data-parallel and compiled wrappers.
+
         Raises:
             TwofoldError: when a name is missing or unknown, or a shape differs.
         """
+        if not named.keys() <= self.shapes.keys():
+            plain = {_unprefixed(name): name for name in self.shapes}
+            named = {plain.get(_unprefixed(name), name): tensor for name, tensor in named.items()}
         missing, unknown = self.shapes.keys() - named.keys(), named.keys() - self.shapes.keys()
         if missing or unknown:
             raise TwofoldError(

@@ -5,9 +5,9 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
-from typing import Any, Self
+from typing import Any, ClassVar, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +17,16 @@ from torch.utils.hooks import RemovableHandle
 from twofold.batches import describe, split
 from twofold.curvature.differentiable import unwrap
 from twofold.curvature.torch_losses import as_loss
+from twofold.distributed import check_group, together
 from twofold.errors import TwofoldError, TwofoldWarning
 from twofold.parameters import norm, select_parameters
 from twofold.regularizers.gradients import Gradients, accumulate, add_scaled, refuse_sparse
 from twofold.regularizers.memory import Memory
 from twofold.regularizers.microbatches import joined
 from twofold.regularizers.passes import ModelPasses, ModelState, Passes, RandomSources
+from twofold.regularizers.ranks import Ascent, Ranks, group_of, same_buffers
 from twofold.regularizers.surrogate import loss_that_hands_on
-from twofold.types import Forward, LossFn, Params
+from twofold.types import Forward, LossFn, Params, ProcessGroup
 
 TINY = 1e-12
 """Added to a gradient's norm before dividing by it."""
@@ -66,6 +68,13 @@ class Regularizer(ABC):
         share_masks: let all passes over a batch see the same random draws (dropout masks).
         generator: where noise, probes and labels are drawn from; None is torch's global generator. Its state is part
             of `state_dict`.
+        group: a torch.distributed process group whose ranks each have a batch of their own; gradients are averaged over
+            its ranks (the mean over ranks, as DistributedDataParallel has it). None takes the group of a
+            DistributedDataParallel model, else this process alone. The loss returned and the diagnostics made of losses
+            are this rank's.
+        ascent: over a group, "global" perturbs all ranks alike, along the mean gradient: the step of one process on all
+            batches. "local" perturbs each rank along its own batch's gradient and averages what is handed on: the step
+            of one process with a micro-batch for each rank, with fewer exchanges.
 
     Attributes:
         skipped: how many gradients were not finite and so were left out.
@@ -78,6 +87,8 @@ class Regularizer(ABC):
     microbatches: int = field(default=1, repr=False)
     share_masks: bool = field(default=True, repr=False)
     generator: torch.Generator | None = field(default=None, repr=False)
+    group: ProcessGroup = field(default=None, repr=False)
+    ascent: Ascent = field(default="global", repr=False)
     skipped: int = field(default=0, init=False, repr=False)
     steps: int = field(default=0, init=False, repr=False)
     memory: Memory = field(default_factory=Memory, init=False, repr=False)
@@ -94,6 +105,11 @@ class Regularizer(ABC):
             raise TwofoldError(f"share_masks must be True or False; {self.share_masks!r} came.")
         if self.generator is not None and not isinstance(self.generator, torch.Generator):
             raise TwofoldError(f"generator must be a torch.Generator or None; {describe(self.generator)} came.")
+        check_group(self.group)
+        check_choice("ascent", self.ascent, get_args(Ascent))
+
+    linear: ClassVar[bool] = False
+    """Whether what is handed on is linear in the loss: the mean over ranks is then taken once, at the end."""
 
     @abstractmethod
     def direction(self, passes: Passes) -> Direction:
@@ -146,6 +162,13 @@ class Regularizer(ABC):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_optimizer": None, "_hook": None}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        if self.group is not None:
+            memo[id(self.group)] = self.group
+        other = memo[id(self)] = type(self).__new__(type(self))
+        other.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        return other
+
     @property
     def splits_hessian(self) -> bool:
         """Whether it tells GN from NME, and so must see the loss as a function of the model's outputs."""
@@ -170,7 +193,9 @@ class Regularizer(ABC):
         """Add this regularizer's gradient to .grad, in place of `loss.backward()`.
 
         Args:
-            model: any module, in the mode in which it is to be trained; compiled and DDP wrappers are looked through.
+            model: any module, in the mode in which it is to be trained. Compiled and DistributedDataParallel wrappers
+                are looked through; of the latter the process group is taken, and its own reducer does not run, so that
+                its no_sync() and communication hooks have no say.
             loss_fn: loss_fn(outputs, targets) -> scalar.
             batch: one batch (inputs, targets), or a mapping with "labels".
             forward: forward(model, batch) -> (outputs, targets), for batches of another form.
@@ -186,7 +211,8 @@ class Regularizer(ABC):
                 random states are as they were.
 
         A gradient that is not finite is not handed on: .grad stays as found, `skipped` counts it and a warning tells
-        once. With a scaler it is handed on, so that the scaler skips the step.
+        once. With a scaler it is handed on, so that the scaler skips the step. Over a group one rank's gradient that is
+        not finite makes the mean so, on all ranks; an exception on one rank is raised on all.
         """
         if not isinstance(weight, Real) or not math.isfinite(weight):
             raise TwofoldError(f"weight must be a finite number; {weight!r} came.")
@@ -251,41 +277,56 @@ class Regularizer(ABC):
 
     def _find(self, model: nn.Module, loss_fn: LossFn, batch: Any, forward: Forward | None, scaler: Any) -> "_Found":
         """Make all passes over a batch; what is found is not handed on yet."""
-        _refuse_parallel(model)
-        model = unwrap(model)
-        refuse_sparse(model)
-        parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        chosen = self._chosen_among(model, parameters)
-        scale = 1.0 if scaler is None else _scale_of(scaler, next(iter(parameters.values())))
-        pieces = [batch] if self.microbatches == 1 else split(batch, self.microbatches)
-        before = _Snapshot(model, self.generator)
-        remembered = copy.copy(self.memory)
-        self._forget_what_was_dropped(parameters.values())
-        try:
-            passes = [
-                ModelPasses(
-                    model,
-                    loss_fn,
-                    piece,
-                    forward,
-                    scale,
-                    parameters=list(parameters.values()),
-                    chosen=chosen,
-                    names=list(parameters),
-                    source=self.generator,
-                    share_masks=self.share_masks,
-                    start=before.random.shared if piece is pieces[0] else None,
-                )
-                for piece in pieces
-            ]
-            direction = self._average(loss_fn, passes)
-        except BaseException:
-            before.restore()
-            self.memory = remembered
-            raise
+        given, group = model, group_of(model) if self.group is None else self.group
+        with together(group):
+            model = unwrap(model)
+            refuse_sparse(model)
+            parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+            chosen = self._chosen_among(model, parameters)
+            scale = 1.0 if scaler is None else _scale_of(scaler, next(iter(parameters.values())))
+            pieces = [batch] if self.microbatches == 1 else split(batch, self.microbatches)
+            before = _Snapshot(model, self.generator)
+            remembered = copy.copy(self.memory)
+            self._forget_what_was_dropped(parameters.values())
+            try:
+                same_buffers(given, group)
+                passes = [
+                    ModelPasses(
+                        model,
+                        loss_fn,
+                        piece,
+                        forward,
+                        scale,
+                        parameters=list(parameters.values()),
+                        chosen=chosen,
+                        names=list(parameters),
+                        source=self.generator,
+                        share_masks=self.share_masks,
+                        start=before.random.shared if piece is pieces[0] else None,
+                        ranks=Ranks(group, self.ascent),
+                        linear=self.linear,
+                        counted=len(pieces) > 1,
+                    )
+                    for piece in pieces
+                ]
+                direction = self.over_ranks(self._average(loss_fn, passes), passes[0])
+            except BaseException:
+                before.restore()
+                self.memory = remembered
+                raise
         self.report(direction.diagnostics)
         accepted = scaler is not None or self.accepts(direction.gradients)
         return _Found(direction, list(parameters.values()), scale, accepted, passes)
+
+    def over_ranks(self, direction: Direction, passes: Passes) -> Direction:
+        """Average what each rank found, where its gradients are not averages already."""
+        ranks = passes.ranks
+        if ranks.size == 1 or passes.shared:
+            return direction
+        gradients, memory = ranks.mean(direction.gradients, passes.parameters), None
+        if ranks.everywhere(direction.memory is not None) and direction.memory is not None:
+            memory = torch._foreach_div(ranks.total(direction.memory), ranks.size)
+        return replace(direction, gradients=gradients, memory=memory)
 
     def _forget_what_was_dropped(self, parameters: Iterable[nn.Parameter]) -> None:
         """Forget what arrived for a step that was never made: its gradients are gone."""
@@ -305,23 +346,26 @@ class Regularizer(ABC):
         """Run the algorithm on each part and average with the weights that the loss gives to the parts."""
         if len(passes) == 1:
             return self.of_this_step(passes[0])
-        loss = as_loss(loss_fn)
+        averages = as_loss(loss_fn).averages
         sums: Gradients = [None for _ in passes[0].parameters]
         memory: list[Tensor] | None = None
         parts: list[tuple[float, Direction]] = []
+        total = 0.0
         for one in passes:
             part = self.of_this_step(one)
-            count = loss.count(one.outputs, one.targets)
-            if count > 0 or (one is passes[-1] and not parts):
-                sums = [add_scaled(known, new, count) for known, new in zip(sums, part.gradients, strict=True)]
+            weight = _weight_over_ranks(one, averages)
+            if weight > 0 or (one is passes[-1] and not total):
+                total += weight
+                sums = [add_scaled(known, new, weight) for known, new in zip(sums, part.gradients, strict=True)]
                 if part.memory is not None:
-                    scaled = torch._foreach_mul(list(part.memory), count)
+                    scaled = torch._foreach_mul(list(part.memory), weight)
                     memory = list(scaled if memory is None else torch._foreach_add(memory, scaled))
-                parts.append((count, Direction(part.loss, [], part.diagnostics)))
+            if one.has_terms or (one is passes[-1] and not parts):
+                parts.append((one.count, Direction(part.loss, [], part.diagnostics)))
         counted = sum(count for count, _ in parts) or 1.0
-        total = counted if loss.averages else 1.0
+        total = (total or 1.0) if averages else 1.0
         return Direction(
-            torch.stack([count * part.loss for count, part in parts]).sum() / total,
+            torch.stack([count * part.loss for count, part in parts]).sum() / (counted if averages else 1.0),
             [None if gradient is None else gradient / total for gradient in sums],
             {
                 name: sum(count * part.diagnostics[name] for count, part in parts) / counted
@@ -419,13 +463,11 @@ def _scale_of(scaler: Any, like: Tensor) -> float:
     return float(scaler.scale(torch.ones((), device=like.device)))
 
 
-def _refuse_parallel(model: nn.Module) -> None:
-    parallel = isinstance(model, nn.parallel.DistributedDataParallel)
-    if parallel and torch.distributed.get_world_size(model.process_group) > 1:
-        raise TwofoldError(
-            "reg.backward does not average gradients over processes, so the copies of a DistributedDataParallel model "
-            "would drift apart. Use SharpnessAware(optimizer, reg).step(closure): its passes go through the wrapper."
-        )
+def _weight_over_ranks(passes: ModelPasses, averages: bool) -> float:
+    """What a piece weighs among the pieces of a batch: its terms, on all ranks that perturb alike."""
+    if not averages:
+        return passes.count
+    return passes.ranks.count(passes.count) if passes.shared else passes.count
 
 
 def check_count(name: str, value: object) -> None:

@@ -39,7 +39,10 @@ def unscaled(gradients: Sequence[Tensor | None], scale: float) -> Gradients:
 
 
 def accumulate(parameters: Sequence[nn.Parameter], gradients: Gradients, factor: float = 1.0) -> None:
-    """Add factor * gradients to .grad, as `loss.backward()` would: None stays None, and no two share memory."""
+    """Add factor * gradients to .grad, as `loss.backward()` would: None stays None, and no two share memory.
+
+    Hooks registered by `register_post_accumulate_grad_hook` run once, when all gradients are there.
+    """
     owned: set[int] = set()
     with torch.no_grad():
         for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -54,3 +57,7 @@ def accumulate(parameters: Sequence[nn.Parameter], gradients: Gradients, factor:
                 new = torch.empty_like(parameter).copy_(new)
             owned.add(place)
             parameter.grad = new
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        hooks = getattr(parameter, "_post_accumulate_grad_hooks", None)
+        for hook in list(hooks.values()) if hooks and gradient is not None else ():
+            hook(parameter)

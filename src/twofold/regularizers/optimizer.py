@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -14,10 +13,13 @@ from torch.optim import Optimizer
 from twofold.batches import describe
 from twofold.curvature.differentiable import RandomState
 from twofold.curvature.operators import Hessian
+from twofold.distributed import together
 from twofold.errors import TwofoldError
+from twofold.parameters import matching
 from twofold.regularizers.base import Regularizer
 from twofold.regularizers.gradients import Gradients
 from twofold.regularizers.passes import Passes, RandomSources
+from twofold.regularizers.ranks import Ranks
 from twofold.regularizers.recorded import JetGraph, LossGraph, Recorded
 
 Closure = Callable[[], Any]
@@ -30,6 +32,10 @@ class SharpnessAware(Optimizer):
     the regularizer needs and steps the base optimiser with the regularizer's gradient. `param_groups`, `state` and
     `defaults` are the base's own, so schedulers see one optimiser; `state_dict` is the base's own plus "twofold", and a
     plain optimiser's state loads.
+
+    With reg.group= gradients are averaged over its ranks here, and the closure runs a plain model (or a
+    DistributedDataParallel one inside its `no_sync()`). Without, a DistributedDataParallel model in the closure
+    averages each gradient by itself, which is ascent="global".
 
     Running statistics of modules that run in later passes are put back; other things that a closure does (logging,
     counting) happen in every pass. Penalties need the model's outputs and so `reg.backward`.
@@ -133,14 +139,15 @@ class SharpnessAware(Optimizer):
         checked = self._checked(closure, parameters, found)
         passes = ClosurePasses(checked, parameters, self._chosen(names), names=names, reg=self.reg, start=random.shared)
         remembered = copy.copy(self.reg.memory)
-        try:
-            direction = self.reg.of_this_step(passes)
-        except BaseException:
-            random.restore()
-            self.reg.memory = remembered
-            passes.undo()
-            _set_gradients(parameters, found)
-            raise
+        with together(self.reg.group):
+            try:
+                direction = self.reg.over_ranks(self.reg.of_this_step(passes), passes)
+            except BaseException:
+                random.restore()
+                self.reg.memory = remembered
+                passes.undo()
+                _set_gradients(parameters, found)
+                raise
         self.reg.report(direction.diagnostics)
         if self.reg.accepts(direction.gradients):
             _set_gradients(parameters, direction.gradients)
@@ -191,10 +198,13 @@ class SharpnessAware(Optimizer):
                 "model.named_parameters()."
             )
         patterns = [self.reg.params] if isinstance(self.reg.params, str) else list(self.reg.params)
-        unknown = [one for one in patterns if not any(fnmatchcase(str(name), one) for name in trained)]
-        if unknown:
-            raise TwofoldError(f"params: {unknown[0]!r} matches no trained parameter of the optimiser.")
-        return [i for i, name in enumerate(trained) if any(fnmatchcase(str(name), one) for one in patterns)]
+        wanted: set[str] = set()
+        for pattern in patterns:
+            found = matching([str(name) for name in trained], pattern)
+            if not found:
+                raise TwofoldError(f"params: {pattern!r} matches no trained parameter of the optimiser.")
+            wanted |= found
+        return [i for i, name in enumerate(trained) if name in wanted]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients of all parameters."""
@@ -253,9 +263,9 @@ class ClosurePasses(Passes):
         reg: Regularizer,
         start: RandomState,
     ) -> None:
-        super().__init__(
-            parameters, chosen, names=names, source=reg.generator, share_masks=reg.share_masks, start=start
-        )
+        options: dict[str, Any] = {"source": reg.generator, "share_masks": reg.share_masks, "start": start}
+        ranks = Ranks(reg.group, reg.ascent)
+        super().__init__(parameters, chosen, names=names, ranks=ranks, linear=reg.linear, **options)
         self._closure = closure
         self._reg = reg
         self._before: list[tuple[Tensor, Tensor]] = []

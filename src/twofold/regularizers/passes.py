@@ -34,6 +34,7 @@ from twofold.curvature.torch_losses import as_loss
 from twofold.errors import TwofoldError
 from twofold.regularizers.autocast import Autocast
 from twofold.regularizers.gradients import Gradients, unscaled
+from twofold.regularizers.ranks import Ranks
 from twofold.regularizers.recorded import JetGraph, LossGraph, Recorded
 from twofold.types import Forward, LossFn
 
@@ -63,6 +64,14 @@ class Passes(ABC):
         source: where random draws come from; None is torch's global generator.
         share_masks: whether later passes repeat the random draws of the first.
         start: the present state of the global generators, where the caller has taken it.
+        ranks: the ranks that make this step together, each over a batch of its own.
+        linear: whether what the algorithm hands on is linear in the loss, so that a mean over ranks at the end is
+            enough.
+
+    Attributes:
+        parameters: every trainable parameter.
+        ranks: the ranks that make this step together.
+        shared: whether each gradient is already the mean over the ranks, and all that is made of it alike on them.
     """
 
     def __init__(
@@ -74,8 +83,12 @@ class Passes(ABC):
         source: torch.Generator | None,
         share_masks: bool,
         start: RandomState | None = None,
+        ranks: Ranks | None = None,
+        linear: bool = False,
     ) -> None:
         self.parameters = list(parameters)
+        self.ranks = ranks or Ranks(None, "global")
+        self.shared = self.ranks.size > 1 and self.ranks.alike and not linear
         self._chosen = list(chosen)
         self._names = list(names)
         self._source = source
@@ -116,28 +129,47 @@ class Passes(ABC):
             result[i] = None if result[i] is None else part
         return result
 
-    def noise_generator(self) -> torch.Generator:
+    def noise_generator(self, *, of_terms: bool = False) -> torch.Generator:
         """A generator for this batch's draws, seeded from torch's global one or the regularizer's own.
 
         To be called before the first pass: the draws then differ from step to step and no pass sees them.
+
+        Args:
+            of_terms: whether something is drawn for each term of the loss, not for the weights. Ranks that perturb
+                alike draw the same for weights, and each its own for its terms.
         """
         source = self._source
         device = torch.device("cpu") if source is None else source.device
-        seed = int(torch.randint(2**62, (), generator=source, device=device))
+        own = torch.randint(2**62, (), generator=source, device=device)
         self._start = None
-        return torch.Generator(self.chosen[0].device).manual_seed(seed)
+        return torch.Generator(self.chosen[0].device).manual_seed(self.ranks.seed(own, of_terms=of_terms))
+
+    def everywhere(self, condition: bool | Tensor) -> bool:
+        """Tell whether something holds on all ranks, so that they take the same steps."""
+        return bool(condition) if self.shared or self.ranks.size == 1 else self.ranks.everywhere(condition)
+
+    @property
+    def has_terms(self) -> bool:
+        """Whether the loss of the batch has a term; known of pieces of a batch, after their first pass."""
+        return True
+
+    def _mean(self, gradients: Gradients) -> Gradients:
+        return self.ranks.mean(gradients, self.parameters, counts=self.has_terms) if self.shared else gradients
 
     def gradient(self, perturbation: Sequence[Tensor] | None = None) -> tuple[Tensor, Gradients]:
         """Return the loss and its gradient at theta, or at theta + perturbation over the chosen parameters.
 
-        The weights come back from a saved copy, bit for bit, also when the pass raises.
+        The gradient is the mean over the ranks that perturb alike; the loss is this rank's. The weights come back from
+        a saved copy, bit for bit, also when the pass raises.
         """
         with self._perturbed(perturbation):
             if not self._begun:
                 self._begin()
-                return self._first_pass()
-            with self._replayed():
-                return self._later_pass()
+                loss, gradients = self._first_pass()
+            else:
+                with self._replayed():
+                    loss, gradients = self._later_pass()
+        return loss, self._mean(gradients)
 
     def hessian(self) -> Hessian:
         """The Hessian of the batch's loss over the chosen parameters, with the first pass's masks; it leaves no trace.
@@ -255,11 +287,12 @@ class ModelPasses(Passes):
         batch: one batch.
         forward: forward(model, batch) -> (outputs, targets).
         scale: the factor of a gradient scaler; each backward pass runs on the scaled loss.
-        parameters, chosen, names, source, share_masks, start: as in `Passes`.
+        counted: whether to count the terms of the loss, as is needed of a piece of a batch.
+        parameters, chosen, names, source, share_masks, start, ranks, linear: as in `Passes`.
 
     Attributes:
         outputs: what the model returned in the first pass.
-        targets: the targets of the first pass.
+        count: how many terms the loss has, if it is counted.
     """
 
     def __init__(
@@ -276,11 +309,16 @@ class ModelPasses(Passes):
         source: torch.Generator | None,
         share_masks: bool,
         start: RandomState | None = None,
+        ranks: Ranks | None = None,
+        linear: bool = False,
+        counted: bool = False,
     ) -> None:
-        super().__init__(parameters, chosen, names=names, source=source, share_masks=share_masks, start=start)
+        options = {"source": source, "share_masks": share_masks, "start": start, "ranks": ranks, "linear": linear}
+        super().__init__(parameters, chosen, names=names, **options)
         self.model = model
+        self.count = 1.0
+        self._counted = counted
         self.outputs: Any = None
-        self.targets: Any = None
         self._loss_fn = loss_fn
         self._batch = batch
         self._forward = forward
@@ -291,9 +329,20 @@ class ModelPasses(Passes):
     def need_outputs(self) -> None:
         """Do nothing: they are there."""
 
+    @property
+    def has_terms(self) -> bool:
+        """Whether the loss of the batch has a term."""
+        return self.count > 0
+
+    def _seen(self, outputs: Any, targets: Any) -> None:
+        """Keep what the first pass gave."""
+        self.outputs = tree_map_only(Tensor, Tensor.detach, outputs)
+        if self._counted:
+            self.count = as_loss(self._loss_fn).count(self.outputs, targets)
+
     def _first_pass(self) -> tuple[Tensor, Gradients]:
         outputs, targets, loss, gradients = self._pass()
-        self.outputs, self.targets = _detached(outputs), targets
+        self._seen(outputs, targets)
         return loss, gradients
 
     def _later_pass(self) -> tuple[Tensor, Gradients]:
@@ -314,13 +363,17 @@ class ModelPasses(Passes):
         return outputs, targets, loss.detach(), unscaled(gradients, self._scale)
 
     def _hessian(self) -> Hessian:
-        return Hessian(self.model, self._loss_fn, self._batch, params=self.chosen_names, forward=self._forward)
+        options: dict[str, Any] = {"params": self.chosen_names, "forward": self._forward}
+        if self.ranks.size > 1:
+            # as the mean of gradients has it, whatever the ranks' batches hold
+            options |= {"group": self.ranks.group, "weight": lambda outputs, targets: 1.0}
+        return Hessian(self.model, self._loss_fn, self._batch, **options)
 
     def _recorded_pass(self) -> Recorded:
         chosen = {str(i): parameter for i, parameter in zip(self._chosen, self.chosen, strict=True)}
         with self._autocast.fresh(), differentiable_twice(self.model) as repairs:
             outputs, targets = run_forward(self._forward, self.model, self._batch)
-        self.outputs, self.targets = _detached(outputs), targets
+        self._seen(outputs, targets)
         attached = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
         if not attached:
             raise TwofoldError("The model's outputs do not depend on any trainable parameter.")
@@ -329,7 +382,7 @@ class ModelPasses(Passes):
         with self._autocast.off():
             around = self._recomputing if repairs.checkpointed else nullcontext
             recording = Recording(outputs, targets, loss, chosen, around)
-        return Recorded(recording, loss, outputs, targets, self.parameters, self._scale, self._autocast)
+        return Recorded(recording, loss, outputs, targets, self.parameters, self._scale, self._autocast, self._mean)
 
     @contextmanager
     def _recomputing(self) -> Iterator[None]:
@@ -344,7 +397,7 @@ class ModelPasses(Passes):
             loss = Loss(self._loss_fn)(outputs, targets)
         check_differentiable_thrice([loss])
         refuse_reentrant([loss])
-        self.outputs, self.targets = _detached(outputs), targets
+        self._seen(outputs, targets)
         return LossGraph(loss.detach(), loss * self._scale, self._scale, self._autocast)
 
     def _jets_pass(self, direction: Sequence[Tensor]) -> JetGraph:
@@ -361,14 +414,14 @@ class ModelPasses(Passes):
             outputs, targets = run_forward(self._forward, self.model, self._batch)
             found = output_jets(jets, outputs)
         if self.outputs is None:
-            self.outputs, self.targets = _detached(outputs), targets
+            self._seen(outputs, targets)
         loss = self._as_loss()
         with self._autocast.off():
             at_outputs = OutputLoss(outputs, targets, loss, chosen)
         return JetGraph(found, at_outputs, loss, targets, self.parameters, self._scale, self._autocast)
 
     def _undo_jets(self) -> None:
-        self.outputs = self.targets = None
+        self.outputs = None
         if self._before_jets is not None:
             self._before_jets.restore()
         if self._start is not None:
@@ -400,10 +453,6 @@ def _held(module: nn.Module) -> list[Tensor]:
     """Buffers, and tensors kept as plain attributes, off the graph."""
     held = [*module._buffers.values(), *(value for value in module.__dict__.values() if type(value) is Tensor)]
     return [tensor for tensor in held if tensor is not None and not tensor.requires_grad]
-
-
-def _detached(outputs: Any) -> Any:
-    return tree_map_only(Tensor, Tensor.detach, outputs)
 
 
 class _Scaled(Loss):

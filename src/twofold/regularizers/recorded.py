@@ -1,6 +1,6 @@
 """The first pass with its graph kept: what the penalties differentiate."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,6 +31,7 @@ class Recorded:
         parameters: every trainable parameter.
         scale: a gradient scaler's factor, against underflow in half precision.
         autocast: the caller's autocast.
+        mean: takes gradients of all trainable parameters to their mean over the ranks that perturb alike.
     """
 
     recording: Recording
@@ -40,6 +41,7 @@ class Recorded:
     parameters: list[nn.Parameter]
     scale: float
     autocast: Autocast
+    mean: Callable[[Gradients], Gradients]
 
     @property
     def loss(self) -> Tensor:
@@ -48,7 +50,10 @@ class Recorded:
 
     @cached_property
     def gradients(self) -> Gradients:
-        """The plain gradient of every trainable parameter, from the graph that the products need anyhow."""
+        """The plain gradient of every trainable parameter, from the graph that the products need anyhow.
+
+        It is the mean over the ranks that perturb alike.
+        """
         chosen = {id(parameter) for parameter in self.recording.parameters}
         others = any(id(parameter) not in chosen for parameter in self.parameters)
         plain = self.gradients_with([], []) if others else [None for _ in self.parameters]
@@ -57,10 +62,12 @@ class Recorded:
         read = [z for z, is_read in zip(self.recording.outputs, self.recording.reads, strict=True) if is_read]
         reached = {id(leaf) for leaf in [*read, *leaves_of(read)]}
         graphed = dict(zip(map(id, self.recording.parameters), known, strict=True))
-        return [
-            graphed.get(id(parameter), other) if id(parameter) in reached else None
-            for parameter, other in zip(self.parameters, plain, strict=True)
-        ]
+        return self.mean(
+            [
+                graphed.get(id(parameter), other) if id(parameter) in reached else None
+                for parameter, other in zip(self.parameters, plain, strict=True)
+            ]
+        )
 
     def gradients_with(
         self, heads: Sequence[Tensor], cotangents: Sequence[Tensor], at_outputs: Sequence[Tensor] | None = None
@@ -83,9 +90,16 @@ class Recorded:
         return unscaled(gradients, self.scale)
 
     def product(self, vector: Sequence[Tensor], matrix: Matrix) -> list[Tensor]:
-        """Return H v, GN v or NME v, v over the chosen parameters."""
+        """Return H v, GN v or NME v, v over the chosen parameters; their mean over the ranks that perturb alike."""
         with self.autocast.off():
-            return [product / self.scale for product in self.recording.products(vector, (matrix,))[0]]
+            found = [product / self.scale for product in self.recording.products(vector, (matrix,))[0]]
+        named = dict(zip(map(id, self.recording.parameters), found, strict=True))
+        places = [named.get(id(parameter)) for parameter in self.parameters]
+        averaged = self.mean(places)
+        by_place = {id(parameter): part for parameter, part in zip(self.parameters, averaged, strict=True)}
+        return [
+            known if (known := by_place[id(p)]) is not None else torch.zeros_like(p) for p in self.recording.parameters
+        ]
 
     def jvp(self, vector: Sequence[Tensor]) -> list[Tensor]:
         """Return J v, v over the chosen parameters."""

@@ -3,14 +3,13 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from twofold.errors import TwofoldError
-from twofold.parameters import norm
+from twofold.parameters import matching, norm
 from twofold.regularizers.base import TINY, Direction, Regularizer, check_strength
 from twofold.regularizers.gradients import Gradients
 from twofold.regularizers.passes import Passes
@@ -59,7 +58,7 @@ class SAM(Regularizer):
         chosen = passes.of_chosen(gradients)
         size = float(norm(chosen))
         radii = self.radii(passes)
-        if not any(radii) or not 0 < size < math.inf:
+        if not any(radii) or not passes.everywhere(0 < size < math.inf):
             return Direction(loss, gradients, {"gradient_norm": size, "perturbation_norm": 0.0, "loss_rise": 0.0})
         perturbation = self.perturbation(passes, chosen, size, radii)
         perturbed_loss, perturbed = passes.gradient(perturbation)
@@ -81,7 +80,7 @@ class SAM(Regularizer):
     @staticmethod
     def _by_name(rho: Mapping[str, float], name: str) -> float:
         for pattern, value in rho.items():
-            if fnmatchcase(name, pattern):
+            if matching([name], pattern):
                 return value
         raise TwofoldError(
             f"rho: none of the patterns {', '.join(map(repr, rho))} matches {name!r}; add '*' as the last."

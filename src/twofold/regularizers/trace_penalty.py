@@ -3,7 +3,8 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import partial
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from twofold.regularizers.base import Direction, Regularizer, check_choice, chec
 from twofold.regularizers.gradients import Gradients, add_scaled, unscaled
 from twofold.regularizers.passes import Passes
 from twofold.regularizers.piecewise_linear import warn_if_piecewise_linear
+from twofold.regularizers.ranks import Ranks
 from twofold.regularizers.recorded import Recorded
 
 
@@ -44,6 +46,7 @@ class HessianTrace(Regularizer):
         HessianTrace(strength=0.001, num_probes=1, method='exact')
     """
 
+    linear: ClassVar[bool] = True
     strength: float
     num_probes: int = 1
     method: Literal["exact", "difference"] = "exact"
@@ -155,6 +158,7 @@ class GaussNewtonTrace(Regularizer):
         GaussNewtonTrace(strength=0.001, num_samples=1, through='jacobian', estimator='labels')
     """
 
+    linear: ClassVar[bool] = True
     strength: float
     num_samples: int = 1
     through: Literal["jacobian", "full"] = "jacobian"
@@ -176,11 +180,11 @@ class GaussNewtonTrace(Regularizer):
         """Return g plus the gradient of the penalty, from one backward pass."""
         if self.strength == 0:
             return plain(passes)
-        generator = passes.noise_generator()
+        generator = passes.noise_generator(of_terms=self.estimator == "labels")
         recorded = passes.recorded()
-        if not torch.isfinite(recorded.loss):
+        if not passes.everywhere(torch.isfinite(recorded.loss)):
             return Direction(recorded.loss, recorded.gradients, {})
-        sample = self._by_labels if self.estimator == "labels" else self._by_probe
+        sample = partial(self._by_labels, passes.ranks) if self.estimator == "labels" else self._by_probe
         heads, cotangents, trace = [], [], 0.0
         factor = self.strength / self.num_samples
         at_outputs: list[Tensor] | None = None
@@ -195,13 +199,17 @@ class GaussNewtonTrace(Regularizer):
         gradients = recorded.gradients_with(heads, cotangents, at_outputs)
         return Direction(recorded.loss, gradients, {"trace": trace, "penalty": self.strength * trace})
 
-    def _by_labels(self, recorded: Recorded, generator: torch.Generator) -> "_Sample":
+    def _by_labels(self, ranks: Ranks, recorded: Recorded, generator: torch.Generator) -> "_Sample":
         kind = "labels" if self.through == "jacobian" else "gaussian"
         with recorded.autocast.off():
             residual = recorded.loss_view.residual(recorded.outputs, recorded.targets, kind, generator)
         slope = recorded.vjp([residual.detach() if self.through == "jacobian" else residual])
-        fixed = [one.detach() for one in slope]
-        return _Sample(dot(fixed, fixed), slope, [2 * one for one in fixed], None)
+        fixed, size = [one.detach() for one in slope], 1
+        if ranks.alike:
+            # With the mean over R ranks as the loss, s = sum_r s_r / sqrt(R), and each rank's part of the gradient of
+            # ||s||^2, before that mean is taken, is that of 2 <s_r, sg(sum_r s_r)>.
+            fixed, size = ranks.total(fixed), ranks.size
+        return _Sample(dot(fixed, fixed) / size, slope, [2 * one for one in fixed], None)
 
     def _by_probe(self, recorded: Recorded, generator: torch.Generator) -> "_Sample":
         """v'GNv = t'H_z t with t = J v; its gradient at fixed H_z is that of 2 <u, J v> with u = H_z t held fixed."""

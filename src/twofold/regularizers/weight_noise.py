@@ -1,7 +1,7 @@
 """WeightNoise: the mean gradient at randomly perturbed weights."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ class WeightNoise(Regularizer):
         WeightNoise(sigma=0.01, num_samples=2, scale='isotropic', antithetic=False)
     """
 
+    linear: ClassVar[bool] = True
     sigma: float
     num_samples: int = 1
     scale: Literal["isotropic", "filter", "multiplicative"] = "isotropic"

@@ -70,7 +70,7 @@ class WSAM(SAM):
         self._parameters = passes.parameters
         self.memory.fit(passes.parameters)
         apart = [torch.zeros_like(w) if g is None or p is None else (p - g) * share for w, g, p in pairs]
-        if not norm(apart).isfinite():
+        if not passes.everywhere(norm(apart).isfinite()):
             return found  # handed on as it is, so that the step is skipped
         return replace(found, gradients=gradients, memory=apart)
 
