@@ -8,7 +8,7 @@ from scipy.sparse.linalg import aslinearoperator
 
 import twofold
 from models import CASES
-from twofold import TwofoldError
+from twofold import TwofoldError, TwofoldWarning
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -48,6 +48,62 @@ def test_same_call_same_numbers_and_no_global_randomness(estimator):
     assert torch.equal(torch.get_rng_state(), before)
     generator = torch.Generator().manual_seed(3)
     assert estimator(A, 4, generator=generator) != estimator(A, 4, generator=generator)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_standard_error_can_be_asked_for(estimator):
+    A = torch.randn(30, 30)
+    A = A + A.T
+    truth, scores, counts = ESTIMATORS[estimator](A), [], []
+    atol = estimator(A, 40).stderr
+    for seed in range(200):
+        found = estimator(A, 400, atol=atol, generator=torch.Generator().manual_seed(seed))
+        assert found.stderr <= atol
+        scores.append((found.value - truth) / found.stderr)
+        counts.append(found.num_matvecs)
+    assert min(counts) >= 10
+    assert 20 < sum(counts) / 200 < 60
+    # Stopping where the samples happen to agree neither biases the estimate nor hides its error.
+    assert 0.5 < torch.tensor(scores).var().item() < 2
+    assert abs(torch.tensor(scores).mean().item()) < 0.5
+
+
+@pytest.mark.parametrize("estimator", [*ESTIMATORS, twofold.diagonal], ids=lambda estimator: estimator.__name__)
+def test_what_did_not_become_precise_says_so(estimator):
+    A = torch.randn(20, 20)
+    with pytest.warns(TwofoldWarning, match="Raise num_matvecs: about"):
+        found = estimator(A, 12, atol=1e-3)
+    assert found.num_matvecs == 12
+    with pytest.warns(TwofoldWarning, match="Raise num_matvecs"):
+        estimator(A, 1, atol=1e-3)
+    exact = estimator(torch.diag(torch.randn(20)), 50, atol=1e-6)
+    assert exact.num_matvecs == 10
+    for atol in (0.0, -1.0, math.nan, math.inf, True, "1"):
+        with pytest.raises(TwofoldError, match="atol"):
+            estimator(A, 12, atol=atol)
+
+
+def test_xtrace_takes_no_standard_error():
+    with pytest.raises(TwofoldError, match="hutchinson"):
+        twofold.trace(torch.eye(3), 4, method="xtrace", atol=0.1)
+
+
+def test_curvature_stops_where_all_its_matrices_are_precise():
+    case = CASES["mlp"]()
+    c = twofold.Curvature(case.model, case.loss_fn, case.batches)
+    atol = max(estimate.stderr for estimate in c.traces(40).values())
+    found = c.traces(500, atol=atol)
+    assert all(estimate.stderr <= atol for estimate in found.values())
+    assert 10 <= found["nme"].num_matvecs < 200
+    assert found["hessian"].value == pytest.approx(found["gauss_newton"].value + found["nme"].value)
+    blocks = c.traces(500, atol=atol, by_block="module", parts=("nme",))["nme"]
+    assert all(estimate.stderr <= atol for estimate in blocks.values())
+    norms = c.frobenius(500, atol=atol, parts=("nme",))["nme"]
+    assert norms.stderr <= atol
+    with pytest.warns(TwofoldWarning, match="num_matvecs"):
+        c.traces(12, atol=atol / 100)
+    with pytest.raises(TwofoldError, match="atol"):
+        c.traces(12, atol=0)
 
 
 XTRACE_SPECTRA = {

@@ -15,7 +15,16 @@ from twofold.curvature.eigen import Which, eigsh
 from twofold.curvature.fisher import Fisher, FisherKind
 from twofold.curvature.jacobian import Jacobian
 from twofold.curvature.operators import NME, ActivationNME, GaussNewton, Hessian, RestOfNME, rows_of, same_kind
-from twofold.curvature.probes import check_count, cosine_of, rademacher, root_of, summarise
+from twofold.curvature.probes import (
+    check_atol,
+    check_count,
+    cosine_of,
+    precise,
+    rademacher,
+    root_of,
+    summarise,
+    warn_imprecise,
+)
 from twofold.curvature.products import Products
 from twofold.errors import TwofoldError
 from twofold.types import (
@@ -223,6 +232,7 @@ class Curvature:
         *,
         parts: Sequence[Matrix] = HALVES,
         by_block: bool | Blocks = False,
+        atol: float | None = None,
         generator: torch.Generator | None = None,
     ) -> dict[Matrix, Any]:
         """Estimate the traces of H, GN and NME from the same Rademacher probes, E v'Av; see `quadratic_forms`.
@@ -233,6 +243,8 @@ class Curvature:
             by_block: True or "parameter" for the trace of each parameter's diagonal block, E v_b'(Av)_b, "module" for
                 each module's, a list of names or glob patterns for one block each, or {block: patterns}. The traces of
                 all blocks come from the same products.
+            atol: stop as soon as all standard errors are this at most, in the results' own units (absolute, since the
+                trace of the NME may be near 0), after 10 probes at least; num_matvecs is then the most.
             generator: source of the probes; None takes a private one with a fixed seed.
 
         Returns:
@@ -241,6 +253,9 @@ class Curvature:
         Raises:
             TwofoldError: an unknown part, or a pattern that matches nothing.
 
+        Warns:
+            TwofoldWarning: a standard error did not come down to atol.
+
         Example:
             >>> model, batch = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), (torch.randn(8, 3), torch.randn(8, 2))
             >>> c = twofold.Curvature(model, nn.MSELoss(), batch)
@@ -248,14 +263,17 @@ class Curvature:
             >>> list(blocks), abs(sum(map(float, blocks.values())) - float(whole)) < 1e-4
             (['0', '1'], True)
         """
+        chosen = _check_parts(parts)
         if by_block is not False:
-            return self._sampled(lambda probe, product: probe * product, num_matvecs, parts, by_block, generator)
-        check_count(num_matvecs)
-        samples: dict[Matrix, list[float]] = {part: [] for part in _check_parts(parts)}
-        for probe in rademacher(self.hessian, num_matvecs, generator):
-            for part, form in self._products.quadratic_forms(probe.unsqueeze(0), list(samples)).items():
-                samples[part].append(form.item())
-        return {part: summarise(values) for part, values in samples.items()}
+            partition = Partition(self.layout, by_block)
+            sampled = self._sampled(lambda probe, product: probe * product, chosen, partition)
+            return self._estimated(sampled, num_matvecs, atol, generator)
+
+        def forms(probe: Tensor) -> dict[Matrix, dict[str, float]]:
+            found = self._products.quadratic_forms(probe.unsqueeze(0), chosen)
+            return {part: {_WHOLE: form.item()} for part, form in found.items()}
+
+        return _wholes(self._estimated(forms, num_matvecs, atol, generator))
 
     def frobenius(
         self,
@@ -263,6 +281,7 @@ class Curvature:
         *,
         parts: Sequence[Matrix] = HALVES,
         by_block: bool | Blocks = False,
+        atol: float | None = None,
         generator: torch.Generator | None = None,
     ) -> dict[Matrix, Any]:
         """Estimate the Frobenius norms of H, GN and NME from the same Rademacher probes, E ||Av||^2.
@@ -272,8 +291,11 @@ class Curvature:
 
         Args and returns are those of `traces`.
         """
-        squares = self._sampled(lambda _, product: product.double().square(), num_matvecs, parts, by_block, generator)
-        roots = {part: {block: root_of(square) for block, square in of.items()} for part, of in squares.items()}
+        partition = Partition(self.layout, [_WHOLE] if by_block is False else by_block)
+        squares = self._sampled(lambda _, product: product.double().square(), _check_parts(parts), partition)
+        roots = self._estimated(
+            squares, num_matvecs, atol, generator, conclude=lambda samples: root_of(summarise(samples))
+        )
         return _wholes(roots) if by_block is False else roots
 
     def block_norms(
@@ -412,26 +434,46 @@ class Curvature:
         return InnerProduct(summarise(dots), cosine_of(dots, gauss_newton, nme))
 
     def _sampled(
+        self, entries: Callable[[Tensor, Tensor], Tensor], parts: Sequence[Matrix], partition: Partition
+    ) -> Callable[[Tensor], dict[Matrix, dict[str, float]]]:
+        """What a probe samples: sums over each block of what every entry of the probe and its product adds."""
+
+        def sample(probe: Tensor) -> dict[Matrix, dict[str, float]]:
+            rows = self._products.matmat(probe.unsqueeze(0), parts)
+            return {
+                part: dict(zip(partition.members, partition.sums(entries(probe, row[0])).tolist(), strict=True))
+                for part, row in zip(parts, rows, strict=True)
+            }
+
+        return sample
+
+    def _estimated(
         self,
-        entries: Callable[[Tensor, Tensor], Tensor],
+        sample: Callable[[Tensor], dict[Matrix, dict[str, float]]],
         num_matvecs: int,
-        parts: Sequence[Matrix],
-        by_block: bool | Blocks,
+        atol: float | None,
         generator: torch.Generator | None,
+        *,
+        conclude: Callable[[Sequence[float]], Estimate] = summarise,
     ) -> dict[Matrix, dict[str, Estimate]]:
-        """Sample sums over each block of what every entry of a probe and its product adds."""
+        """Conclude from the samples of Rademacher probes, as many as it takes to come down to atol."""
         check_count(num_matvecs)
-        chosen = _check_parts(parts)
-        partition = Partition(self.layout, [_WHOLE] if by_block is False else by_block)
-        samples: dict[Matrix, list[list[float]]] = {part: [] for part in chosen}
-        for probe in rademacher(self.hessian, num_matvecs, generator):
-            rows = self._products.matmat(probe.unsqueeze(0), chosen)
-            for part, row in zip(chosen, rows, strict=True):
-                samples[part].append(partition.sums(entries(probe, row[0])).tolist())
-        return {
-            part: dict(zip(partition.members, map(summarise, zip(*of_probes, strict=True)), strict=True))
-            for part, of_probes in samples.items()
-        }
+        check_atol(atol)
+        samples: dict[Matrix, dict[str, list[float]]] = {}
+        found: dict[Matrix, dict[str, Estimate]] = {}
+        for count, probe in enumerate(rademacher(self.hessian, num_matvecs, generator), start=1):
+            for part, of in sample(probe).items():
+                for block, value in of.items():
+                    samples.setdefault(part, {}).setdefault(block, []).append(value)
+            if atol is None and count < num_matvecs:
+                continue
+            found = {part: {block: conclude(values) for block, values in of.items()} for part, of in samples.items()}
+            every = [estimate for of in found.values() for estimate in of.values()]
+            if atol is not None and precise(every, atol):
+                return found
+        worst = max(estimate.stderr for of in found.values() for estimate in of.values())
+        warn_imprecise("curvature", worst, num_matvecs, atol)
+        return found
 
 
 def _wholes(estimates: dict[Matrix, dict[str, Estimate]]) -> dict[Matrix, Estimate]:

@@ -1,7 +1,9 @@
 """Random probes, and what their samples say: shared by every stochastic estimator."""
 
 import math
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from numbers import Real
 from statistics import fmean, stdev
 from typing import Any
 
@@ -10,8 +12,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from twofold.distributed import same_generator
-from twofold.errors import TwofoldError
+from twofold.errors import TwofoldError, TwofoldWarning
 from twofold.types import Estimate
+
+FEWEST = 10
+"""Samples before a standard error is believed: fewer are too often alike by chance."""
 
 
 def check_count(count: int, name: str = "num_matvecs", *, at_least: int = 1) -> None:
@@ -45,6 +50,33 @@ def summarise(samples: Sequence[float]) -> Estimate:
     """Mean and standard error of independent samples, one a product."""
     stderr = stdev(samples) / math.sqrt(len(samples)) if len(samples) > 1 else math.nan
     return Estimate(fmean(samples), stderr, len(samples))
+
+
+def check_atol(atol: float | None) -> None:
+    """Refuse a standard error that cannot be reached or is no number."""
+    if atol is not None and (isinstance(atol, bool) or not isinstance(atol, Real) or not 0 < float(atol) < math.inf):
+        raise TwofoldError(f"atol must be a positive standard error, or None; {atol!r} came.")
+
+
+def precise(estimates: Iterable[Estimate], atol: float) -> bool:
+    """Tell whether all standard errors are atol at most, and from enough samples to be believed."""
+    return all(estimate.num_matvecs >= FEWEST and estimate.stderr <= atol for estimate in estimates)
+
+
+def warn_imprecise(what: str, worst: float, num_matvecs: int, atol: float | None) -> None:
+    """Say that the most probes were not enough, and about how many would be."""
+    if atol is None or worst <= atol:
+        return
+    needed = "more"
+    if math.isfinite(worst):
+        needed = f"about {math.ceil(num_matvecs * (worst / atol) ** 2)}"
+    warnings.warn(
+        TwofoldWarning(
+            f"{what}: the standard error is {worst:.2g} after {num_matvecs} products, not {atol:.2g} as asked for by "
+            f"atol. Raise num_matvecs: {needed} would do."
+        ),
+        stacklevel=4,
+    )
 
 
 def root_of(square: Estimate) -> Estimate:

@@ -8,7 +8,15 @@ from torch import Tensor
 
 from twofold.curvature.differentiable import full_precision
 from twofold.curvature.linear_map import LinearMap
-from twofold.curvature.probes import check_count, generator_for, rademacher, summarise
+from twofold.curvature.probes import (
+    check_atol,
+    check_count,
+    generator_for,
+    precise,
+    rademacher,
+    summarise,
+    warn_imprecise,
+)
 from twofold.errors import TwofoldError
 from twofold.types import Estimate
 
@@ -26,6 +34,7 @@ def trace(
     num_matvecs: int = 64,
     *,
     method: Literal["hutchinson", "xtrace"] = "hutchinson",
+    atol: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Estimate:
     """Estimate tr A from products with random vectors.
@@ -41,13 +50,20 @@ def trace(
         operator: anything with .shape (P, P) and @: a twofold operator, a tensor, a SciPy operator.
         num_matvecs: the number of products; for "xtrace" at least 2, and an odd one is left.
         method: "hutchinson" or "xtrace".
+        atol: for "hutchinson", stop as soon as the standard error is this at most, in the trace's own units (absolute,
+            since the trace of an indefinite matrix may be near 0), after 10 probes at least; num_matvecs is then the
+            most.
         generator: source of the probes; None takes a private one with a fixed seed (same call, same numbers).
 
     Returns:
         Estimate(value, stderr, num_matvecs); stderr is nan with a single probe.
 
     Raises:
-        TwofoldError: the operator is not square, num_matvecs is too small, or the method is unknown.
+        TwofoldError: the operator is not square, num_matvecs is too small, atol is not positive or came with "xtrace",
+            or the method is unknown.
+
+    Warns:
+        TwofoldWarning: the standard error did not come down to atol.
 
     Example:
         >>> float(trace(torch.diag(torch.tensor([1.0, 2.0, 3.0])), num_matvecs=4))
@@ -56,10 +72,20 @@ def trace(
     Source: Hutchinson 1990, Commun. Stat. Simul. Comput. 19(2); XTrace, normalised: 2301.07825.
     """
     matrix = LinearMap(operator)
+    check_atol(atol)
     if method == "hutchinson":
         check_count(num_matvecs)
-        return summarise([_quadratic_form(matrix, probe) for probe in rademacher(matrix, num_matvecs, generator)])
+        samples = []
+        for probe in rademacher(matrix, num_matvecs, generator):
+            samples.append(_quadratic_form(matrix, probe))
+            if atol is not None and precise([summarise(samples)], atol):
+                break
+        found = summarise(samples)
+        warn_imprecise("trace", found.stderr, found.num_matvecs, atol)
+        return found
     if method == "xtrace":
+        if atol is not None:
+            raise TwofoldError('atol goes with method="hutchinson": XTrace needs its number of probes beforehand.')
         check_count(num_matvecs, at_least=2)
         return _xtrace(matrix, num_matvecs, generator)
     raise TwofoldError(f'method must be "hutchinson" or "xtrace"; {method!r} came.')
