@@ -1,5 +1,6 @@
 """EigenSAM: SAM bent towards the direction in which the loss is sharpest."""
 
+import contextlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from twofold.curvature.differentiable import full_precision
 from twofold.curvature.eigen import eigsh
-from twofold.errors import TwofoldWarning
+from twofold.errors import NotFiniteError, TwofoldWarning
 from twofold.parameters import ParameterLayout, dot, norm
 from twofold.regularizers.base import TINY, Direction, check_strength
 from twofold.regularizers.gradients import Gradients
@@ -71,7 +72,9 @@ class EigenSAM(SAM):
         self.memory.fit(passes.chosen)
         found_at = self.memory.kept_at
         if self.alpha > 0 and (found_at is None or (self.steps % self.interval == 0 and found_at != self.steps)):
-            self.memory.keep(self._top_eigenvector(passes), self.steps)
+            # Where the Hessian is not finite the vector that is known stays; the step itself may well be finite.
+            with contextlib.suppress(NotFiniteError):
+                self.memory.keep(self._top_eigenvector(passes), self.steps)
         v = self.memory.kept
         if self.alpha == 0 or v is None:
             return super().perturbation(passes, gradient, size, radii)
