@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import twofold
 from twofold import cli
@@ -13,6 +14,7 @@ from twofold.lab import config as lab_config
 from twofold.lab import sweep as lab_sweep
 from twofold.lab.figures.scales import SCALES
 
+ROOT = Path(__file__).parent.parent
 COMMANDS = ("train", "sweep", "reproduce", "report", "measure", "data")
 TINY = replace(
     lab_config.mnist1d(),
@@ -228,6 +230,17 @@ def test_measure_a_model_of_ones_own(run, own, target):
     assert "measuring: probes" in err
     assert "peak memory" in out
     assert json.dumps({}) == "{}"  # a file called json.py shadows nothing
+
+
+def test_measure_the_example(run, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    code, out, err = run(f"measure {ROOT / 'examples' / 'measure_gpt2.py'}:tiny --budget 3s --num-probes 2")
+    assert code == 0, err
+    assert "29,696 parameters" in out
+    example = sys.modules["twofold_target_measure_gpt2"]
+    with torch.device("meta"):
+        model = example.GPT(example.VOCABULARY, example.LENGTH, example.LAYERS, example.HEADS, example.WIDTH)
+    assert sum(p.numel() for p in model.parameters()) == 124_439_808  # GPT-2 small
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from twofold.curvature.differentiable import full_precision
-from twofold.curvature.lanczos import ROUNDING, Krylov, dot_of, norm_of_difference
+from twofold.curvature.lanczos import ROUNDING, Krylov, dot_of, norm_of, norm_of_difference
 from twofold.curvature.linear_map import LinearMap
 from twofold.curvature.probes import check_count
 from twofold.errors import TwofoldError, TwofoldWarning
@@ -218,8 +218,8 @@ def _fences(found: Float[Tensor, "k"], which: Which) -> tuple[float, float]:
 def _result(krylov: Krylov, k: int, tol: float, max_matvecs: int) -> Eigenpairs:
     """The first k rows as eigenpairs, their values and residuals computed anew."""
     vectors = krylov.basis.rows[:k]
-    # torch sums float32 norms of a million entries on the CPU to 1e-5.
-    vectors /= torch.linalg.vector_norm(vectors, dim=1, keepdim=True, dtype=torch.float64)
+    for vector in vectors:
+        vector.div_(norm_of(vector))
     values, residuals = torch.empty(k, dtype=torch.float64), []
     rounding = ROUNDING * krylov.matrix.eps * krylov.scale
     for i, rows in enumerate(vectors.split(krylov.block_size)):

@@ -12,7 +12,7 @@ from twofold.errors import TwofoldError
 
 _CHUNK = 1 << 16
 _LONG_CHUNK = 1 << 12
-_PIECE = 1 << 20
+_PIECE = 1 << 18
 _MOST_PASSES = 5
 
 ROUNDING = 10
@@ -220,12 +220,13 @@ class Krylov:
 
 
 def norm_of(vector: Tensor) -> float:
-    """The norm, summed in float64."""
-    return torch.linalg.vector_norm(vector, dtype=torch.float64).item()
+    """The norm, summed in float64, by pieces: torch makes a float64 copy of what it sums, and long ones fill memory."""
+    pieces = [torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in vector.split(_PIECE)]
+    return torch.linalg.vector_norm(torch.stack(pieces)).item()
 
 
 def dot_of(a: Float[Tensor, "P"], b: Float[Tensor, "P"]) -> float:
-    """The inner product in float64, by pieces: copies of long vectors in float64 would fill the memory."""
+    """The inner product in float64, by pieces."""
     pieces = zip(a.split(_PIECE), b.split(_PIECE), strict=True)
     return torch.stack([torch.dot(x.double(), y.double()) for x, y in pieces]).sum().item()
 

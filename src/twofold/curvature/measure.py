@@ -234,8 +234,9 @@ class _Session:
             products.watch = None
         self.tell(name, 1.0)
 
-    def leave_out(self, what: str, why: str) -> None:
-        self.left_out[what] = why
+    def leave_out(self, what: str, why: str | TwofoldError) -> None:
+        # of an error what came; what to do about it is for those who asked for that alone
+        self.left_out[what] = str(why).partition(". ")[0]
 
     @property
     def budget_was_short(self) -> str:
@@ -254,7 +255,7 @@ def _along_gradient(
     try:
         rows = products.matmat(gradient.unsqueeze(0), terms)
     except TwofoldError as error:
-        session.leave_out("activation NME and rest", str(error))
+        session.leave_out("activation NME and rest", error)
         terms = HALVES
         rows = products.matmat(gradient.unsqueeze(0), terms)
     session.num_matvecs += 1
@@ -278,7 +279,7 @@ def _live_fraction(
     try:
         return live_fraction(model, data, forward=forward, mode=mode, group=group)
     except TwofoldError as error:
-        session.leave_out("live fraction of phi''", str(error))
+        session.leave_out("live fraction of phi''", error)
         return None
 
 
@@ -399,7 +400,7 @@ def _anatomy(
         directions = {"gradient": gradient} if gradient.any() else None
         whole = take(num_matvecs=probes, directions=directions, generator=session.generator)
     except TwofoldError as error:
-        session.leave_out("anatomy", str(error))
+        session.leave_out("anatomy", error)
         return {}
     session.num_matvecs += probes + 1
     session.tell("anatomy", 1.0)
