@@ -1,0 +1,82 @@
+"""Figures that the paper does not have: the NME's share, and what predicts SAM's correction."""
+
+import math
+
+import pandas as pd
+import pytest
+
+from lab.synthetic import noise, table_of
+from twofold.lab.figures import find_figure
+from twofold.lab.figures.along_training import at_end, at_start, measurements, over_time
+from twofold.lab.figures.scales import find_scale
+
+QUICK = find_scale("quick")
+STEPS = (0, 64, 128)
+
+
+def with_metrics(name, metrics_of):
+    """The figure's runs, each with the metrics that `metrics_of(config)` makes."""
+    figure = find_figure(name)
+    table = table_of(figure, QUICK, lambda config, split: 50 + noise(config))
+    configs = figure.runs(QUICK, "mnist1d")
+    return figure, table.assign(metrics=[pd.DataFrame({"step": STEPS, **metrics_of(config)}) for config in configs])
+
+
+def norms(config):
+    """A share that falls from 1 to 0.25 with GELU and stays with ReLU."""
+    falls = config.model.activation == "gelu"
+    nme = [1.0 + 0.01 * noise(config), 0.5, 0.25 if falls else 1.0]
+    return {"curvature/nme/frobenius_norm": nme, "curvature/gauss_newton/frobenius_norm": [1.0, 1.0, 1.0]}
+
+
+def test_the_share_is_judged_by_its_fall():
+    figure, table = with_metrics("share", norms)
+    verdicts = {verdict.finding: verdict for verdict in figure.verdicts(table, QUICK)}
+    assert len(verdicts) == 4
+    for finding, verdict in verdicts.items():
+        assert verdict.verdict == ("shows" if "GELU" in finding else "does not show")
+        assert verdict.effect == pytest.approx(75 if "GELU" in finding else 0, abs=1)
+    numbers = figure.numbers(table)
+    assert len(numbers) == 4 * len(STEPS)
+    assert numbers.query("activation == 'gelu' and step == 128")["share"].tolist() == [25.0, 25.0]
+
+
+def errors(config):
+    """Relative errors that the paper's account of the failure expects."""
+    relu = config.model.activation == "relu"
+    own = 0.01 * noise(config)
+    found = {"hessian": 0.6 if relu else 0.1, "hessian_without_activation_nme": 0.6 if relu else 0.3}
+    found["gauss_newton"] = 0.7 if relu else 0.4
+    return {f"fidelity/{name}/relative_error": [error + own] * len(STEPS) for name, error in found.items()}
+
+
+def test_the_mechanism_is_judged_by_errors_of_prediction():
+    figure, table = with_metrics("mechanism", errors)
+    verdicts = figure.verdicts(table, QUICK)
+    assert [verdict.verdict for verdict in verdicts] == ["shows"] * 3
+    assert [verdict.effect for verdict in verdicts] == pytest.approx([20, 30, 50], abs=1)
+    assert len(figure.numbers(table)) == 2 * len(STEPS)
+
+
+@pytest.mark.parametrize("name", ["share", "mechanism"])
+def test_both_draw_and_survive_runs_that_never_measured(name):
+    figure, table = with_metrics(name, norms if name == "share" else errors)
+    assert len(figure.draw(table).axes) == (1 if name == "share" else 2)
+    bare = table.assign(metrics=[pd.DataFrame({"step": [0]}) for _ in range(len(table))])
+    assert figure.numbers(bare).empty
+    assert {verdict.verdict for verdict in figure.verdicts(bare, QUICK)} == {"undecided"}
+
+
+def test_share_and_mechanism_measure_the_same_runs():
+    share, mechanism = (set(find_figure(name).runs(QUICK, "mnist1d")) for name in ("share", "mechanism"))
+    assert mechanism < share
+
+
+def test_measurements_that_are_not_finite_do_not_count():
+    metrics = pd.DataFrame({"step": [0, 1, 2], "x": [1.0, 3.0, math.inf]})
+    runs = pd.DataFrame({"seed": [100], "metrics": [metrics]})
+    quantities = {"x": lambda found: found["x"]}
+    assert len(measurements(runs, quantities)) == 2
+    assert at_start(runs, quantities)["x"].tolist() == [1.0]
+    assert at_end(runs, quantities)["x"].tolist() == [3.0]
+    assert over_time(runs, quantities)["x"].tolist() == [2.0]
