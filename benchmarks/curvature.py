@@ -111,7 +111,8 @@ def products(setting: Setting) -> list[Row]:
             if all(f"{name} {part}" in times for part in parts):
                 row[name] = sum(times[f"{name} {part}"] for part in parts)
         rows.append(row)
-    rows[1]["not the Hessian"] = ", ".join(name for name in operators if not _right(setting, c, operators[name][0]))
+    wrong = [name for name, (hessian, _) in operators.items() if not _right(setting, c, hessian)]
+    rows[1]["not the Hessian"] = ", ".join(wrong) or None
     return rows
 
 
