@@ -78,10 +78,12 @@ class Setting:
             found[name] = (hessian, gauss_newton)
         return found
 
-    def timed(self, variants: Variants, *, rounds: int, seconds: float, gradients: int = 1) -> dict[str, float]:
+    def timed(
+        self, variants: Variants, *, rounds: int, seconds: float, warm_up: int = 1, gradients: int = 1
+    ) -> dict[str, float]:
         """Times of all variants in gradients; `gradients` are taken at once where a round holds much more."""
         base: Variants = {"gradient": lambda: [self.gradient() for _ in range(gradients)]}
-        times = interleaved(base | variants, base="gradient", rounds=rounds, warm_up=rounds > 1, seconds=seconds)
+        times = interleaved(base | variants, base="gradient", rounds=rounds, warm_up=warm_up, seconds=seconds)
         return {name: time * gradients for name, time in times.items()}
 
 
@@ -132,7 +134,7 @@ def traces(setting: Setting) -> list[Row]:
         if None not in pair:
             variants[name] = lambda pair=pair, name=name: [setting.peers[name].trace(part, PROBES) for part in pair]
     with setting.attention():
-        times = setting.timed(variants, rounds=3, seconds=4, gradients=2)
+        times = setting.timed(variants, rounds=3, seconds=3, gradients=2)
     return [{"measure": "all traces, a probe"} | _each(times, variants, PROBES)]
 
 
@@ -156,7 +158,7 @@ def lanczos(setting: Setting) -> list[Row]:
     with setting.attention(), warnings.catch_warnings():
         warnings.simplefilter("ignore", twofold.TwofoldWarning)
         assert ours().num_matvecs == STEPS
-        times = setting.timed(variants, rounds=1, seconds=8, gradients=10)
+        times = setting.timed(variants, rounds=1, seconds=8, warm_up=0, gradients=10)
     limit = LIMITS[setting.name][0]
     return [{"measure": f"{STEPS} Lanczos steps, a step", "limit": limit} | _each(times, variants, STEPS)]
 
@@ -169,7 +171,7 @@ def many_batches(setting: Setting) -> list[Row]:
             h, gn = setting.operators(setting.batches)[name]
             variants[name] = lambda h=h, gn=gn: (h @ setting.vector(), gn @ setting.vector())
     with setting.attention():
-        times = setting.timed(variants, rounds=2, seconds=8, gradients=4)
+        times = setting.timed(variants, rounds=2, seconds=5, warm_up=0, gradients=4)
     limit = 1 + LIMITS[setting.name][2]
     return [{"measure": f"{NUM_BATCHES} batches once, a batch", "limit": limit} | _each(times, variants, NUM_BATCHES)]
 
@@ -190,8 +192,9 @@ def table(names: list[str]) -> Table:
     for name in names:
         setting = Setting(name)
         for measure in (products, traces, lanczos, many_batches):
-            rows += [arranged(name, row) for row in measure(setting)]
-            print(Table("", rows[-1:]).markdown(), flush=True)
+            found = [arranged(name, row) for row in measure(setting)]
+            print(Table("", found).markdown(), flush=True)
+            rows += found
     return Table("curvature", rows, others_win(rows))
 
 
