@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from twofold import BetaGELU, TwofoldError, second_derivative
+from twofold import BetaGELU, NotFiniteError, TwofoldError, second_derivative
 from twofold.curvature.liveness import live_fraction
 
 
@@ -104,3 +104,10 @@ def test_faults():
             live_fraction(Fixed(nn.GELU()), H, tolerance=tolerance)
     with pytest.raises(TwofoldError, match=r"nn\.Module"):
         live_fraction(torch.tanh, H)
+
+
+def test_activations_that_are_not_finite_are_neither_alive_nor_dead():
+    x = torch.randn(6, 3)
+    x[2, 1] = torch.nan
+    with pytest.raises(NotFiniteError, match="gelu'' is NaN at 4 of 24"):
+        live_fraction(nn.Sequential(nn.Linear(3, 4), nn.GELU()), (x, torch.zeros(6)))

@@ -11,7 +11,7 @@ from twofold.activations.known import SPELLINGS, activation_name
 from twofold.batches import as_batches, run_forward, to_device
 from twofold.curvature.differentiable import borrowed, differentiable_twice, unwrap
 from twofold.distributed import agree, check_group, together
-from twofold.errors import TwofoldError
+from twofold.errors import NotFiniteError, TwofoldError
 from twofold.types import Forward, Mode, ProcessGroup
 
 
@@ -42,6 +42,7 @@ def live_fraction(
     Raises:
         TwofoldError: data of another form, a tolerance that is not a number of at least 0, or a model in which no known
             activation was called. Those inside fused kernels (glu, recurrent layers) are not seen.
+        NotFiniteError: phi'' is NaN somewhere, as where the inputs are.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -98,6 +99,12 @@ class _Counting(TorchFunctionMode):
             return
         x = came.detach().clone().requires_grad_()
         bend = _second_derivative(func(x.clone(), *args[1:], **settings), x)
+        unknown = int(bend.isnan().sum())
+        if unknown:
+            raise NotFiniteError(
+                f"{activation_name(func, args, kwargs)}'' is NaN at {unknown} of {bend.numel()} inputs of a call: what the "
+                "model computes on this data is not finite. Look for diverged parameters or NaN in the data."
+            )
         self.live += int((bend.abs() > self.tolerance).sum())
         self.total += bend.numel()
 

@@ -124,8 +124,11 @@ def _xtrace(matrix: LinearMap, num_matvecs: int, generator: torch.Generator | No
     free = size - rank + (1 if rank == probes.shape[1] else 0)
     remaining = (size - U.square().sum(0)).clamp(min=torch.finfo(dtype).eps * size)
     samples = H.trace() - (S * (H @ S)).sum(0) + quadratic * free / remaining
-    spread = summarise(samples.tolist())
-    return Estimate(spread.value, spread.stderr * math.sqrt(_SHARED_PROBES), probes.shape[1] + rank)
+    spread, count = summarise(samples.tolist()), len(samples)
+    # The spread of few samples is as often too small as too large, and where it is too small it misleads: as in the
+    # variance of Student's t.
+    few = (count - 1) / (count - 3) if count > 3 else 3.0
+    return Estimate(spread.value, spread.stderr * math.sqrt(_SHARED_PROBES * few), probes.shape[1] + rank)
 
 
 def _products(matrix: LinearMap, vectors: Tensor) -> Tensor:
