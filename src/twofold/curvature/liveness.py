@@ -102,8 +102,8 @@ class _Counting(TorchFunctionMode):
         unknown = int(bend.isnan().sum())
         if unknown:
             raise NotFiniteError(
-                f"{activation_name(func, args, kwargs)}'' is NaN at {unknown} of {bend.numel()} inputs of a call: what the "
-                "model computes on this data is not finite. Look for diverged parameters or NaN in the data."
+                f"{activation_name(func, args, kwargs)}'' is NaN at {unknown} of {bend.numel()} inputs of a call: what "
+                "the model computes on this data is not finite. Look for diverged parameters or NaN in the data."
             )
         self.live += int((bend.abs() > self.tolerance).sum())
         self.total += bend.numel()
