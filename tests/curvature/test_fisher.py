@@ -256,6 +256,15 @@ def test_the_callers_context_changes_nothing(context):
             assert torch.equal(operator @ torch.ones(43, dtype=torch.float32), product)
 
 
+@pytest.mark.parametrize("name", ["class weights and ignored labels", "BCE with pos_weight", "MSE"])
+def test_empirical_fisher_in_microbatches_is_the_same(name):
+    case, _, _ = LOSSES[name]()
+    whole, pieces = (
+        twofold.Fisher(case.model, case.loss_fn, case.batches, kind="empirical", microbatches=m) for m in (1, 3)
+    )
+    assert relative(pieces.to_dense(), whole.to_dense()) < 1e-12
+
+
 def test_it_is_an_operator_like_the_others():
     case = classification(mlp(4, 5, 3))
     c = twofold.Curvature(case.model, case.loss_fn, case.batches[0])

@@ -93,6 +93,12 @@ def test_memory_changes_no_result(case):
         torch.testing.assert_close(part, named[name])
 
 
+def test_microbatches_change_no_result(case):
+    whole = twofold.Jacobian(case.model, case.loss_fn, case.batches)
+    pieces = twofold.Jacobian(case.model, case.loss_fn, case.batches, microbatches=3)
+    assert relative(pieces.to_dense(), whole.to_dense()) < 1e-12
+
+
 def test_scipy_sees_the_same_matrix(case):
     jacobian = twofold.Jacobian(case.model, case.loss_fn, case.batches)
     operator, dense = jacobian.to_scipy(), jacobian.to_dense().numpy()

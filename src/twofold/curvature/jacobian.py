@@ -12,16 +12,16 @@ from twofold.curvature.operators import rows_of
 from twofold.curvature.products import Products
 from twofold.curvature.recording import Recording
 from twofold.parameters import check_columns
-from twofold.types import Forward, LossFn, Mode, Params, Vectors, Weight
+from twofold.types import Forward, LossFn, Mode, Params, ProcessGroup, Vectors, Weight
 
 
 class Jacobian(LinearOperator):
     """J = dz/dtheta [M, P], M being the number of outputs over all batches.
 
-    z is what the model returns: every floating-point tensor flattened, in order, batch after batch. So J v says how all
-    outputs move with the parameters, and J'u is the gradient of u'z. Under a group its rows are those of this rank's
-    shard, and so are its products. The loss plays no part in it. Each product costs about two thirds of a gradient.
-    Making the operator reads the data once, to count the outputs; arguments are
+    z is what the model returns: every floating-point tensor flattened, in order, batch after batch (piece after piece
+    with microbatches). So J v says how all outputs move with the parameters, and J'u is the gradient of u'z. Under a
+    group its rows are those of this rank's shard, and so are its products. The loss plays no part in it. Each product
+    costs about two thirds of a gradient. Making the operator reads the data once, to count the outputs; arguments are
     those of `Curvature`.
 
     Attributes:
@@ -50,8 +50,11 @@ class Jacobian(LinearOperator):
         mode: Mode = None,
         memory: int | None = None,
         weight: Weight | None = None,
+        microbatches: int = 1,
+        group: ProcessGroup = None,
     ) -> None:
-        options = {"params": params, "forward": forward, "mode": mode, "memory": memory, "weight": weight}
+        options: dict[str, Any] = {"params": params, "forward": forward, "mode": mode, "memory": memory}
+        options |= {"weight": weight, "microbatches": microbatches, "group": group}
         self._attach(Products(model, loss_fn, data, **options))
 
     @classmethod
