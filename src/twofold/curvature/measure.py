@@ -205,11 +205,18 @@ class _Session:
     def left(self) -> float:
         return self._seconds - self.elapsed
 
-    def affordable(self, share: float, each: float = 1.0) -> float:
-        """How many products, each so many times the cost of one of all parts, fit into a share of the time left."""
+    def affordable(self, share: float, each: float, least: int) -> float:
+        """How many products fit into a share of the time left, or `least` where these fit into all of it.
+
+        Args:
+            share: of the time left.
+            each: what a product costs, in products of all parts.
+            least: how many are needed for anything.
+        """
         if self._seconds == math.inf:
             return math.inf
-        return max(self.left, 0.0) * share / max(self.each * each, 1e-9)
+        most = max(self.left, 0.0) / max(self.each * each, 1e-9)
+        return least if share * most < least <= most else share * most
 
     def tell(self, stage: str, fraction: float) -> None:
         if self._progress is not None:
@@ -284,22 +291,26 @@ def _live_fraction(
 
 
 def _sample(products: Products, terms: tuple[Matrix, ...], num_probes: int, session: _Session) -> Samples:
-    samples = Samples(products, terms)
-    start, available = session.now, 0.35 * session.left
+    samples, end = Samples(products, terms), session.now + 0.35 * session.left
+    begun = session.now
     with session.stage("probes", products, num_probes):
         for probe in rademacher(Hessian.of(products), num_probes, session.generator):
-            if len(samples) >= _FEWEST_PROBES and (session.now - start) * (1 + 1 / len(samples)) > available:
+            if len(samples) >= _FEWEST_PROBES and session.now + session.each > end:
                 session.leave_out("probes", f"{len(samples)} of {num_probes}; {session.budget_was_short}")
                 break
             samples.take(probe)
-    session.each = (session.now - start) / len(samples)
+            if len(samples) == 1:
+                begun = session.now  # the first one records, and warms up
+            else:
+                session.each = (session.now - begun) / (len(samples) - 1)
     return samples
 
 
 def _eigenvalues(products: Products, wanted: int, session: _Session) -> tuple[Eigenvalue, ...]:
     size, vectors = products.layout.size, session.vectors
-    most = int(min(session.affordable(0.45, _HESSIAN_COST), _MOST_EIGEN_PRODUCTS))
     wanted = min(wanted, size)
+    affordable = session.affordable(0.45, _HESSIAN_COST, _fewest_products(min(wanted, 2), size))
+    most = int(min(affordable, _MOST_EIGEN_PRODUCTS))
     # The memory holds the basis, one vector more and the eigenvectors; the time, a few products for each pair.
     fitting = [k for k in range(wanted, 0, -1) if 3 * k + 4 <= vectors and _fewest_products(k, size) <= most]
     if vectors < 7:
@@ -344,7 +355,7 @@ def _fewest_products(k: int, size: int) -> int:
 
 def _block_norms(curvature: Curvature, session: _Session) -> Mapping[str, BlockNorms]:
     blocks = blocks_of(list(curvature.layout.shapes), _MOST_BLOCKS)
-    probes = int(min(session.affordable(0.3, _HALVES_COST) / len(blocks), _BLOCK_PROBES))
+    probes = int(min(session.affordable(0.3, _HALVES_COST, len(blocks)) / len(blocks), _BLOCK_PROBES))
     if len(blocks) > _MOST_BLOCKS:
         session.leave_out("norms of blocks", f"{len(blocks)} blocks are more than {_MOST_BLOCKS}")
         return {}
@@ -359,7 +370,7 @@ def _block_norms(curvature: Curvature, session: _Session) -> Mapping[str, BlockN
 def _densities(products: Products, session: _Session) -> Mapping[str, SpectralDensity]:
     operators = {"hessian": Hessian.of(products), "gauss_newton": GaussNewton.of(products), "nme": NME.of(products)}
     room = min(session.vectors - 2, _DENSITY_STEPS)
-    available = session.affordable(0.5, _HESSIAN_COST) / len(operators)
+    available = session.affordable(0.5, _HESSIAN_COST, len(operators) * _FEWEST_STEPS) / len(operators)
     probes = next((n for n in (_DENSITY_PROBES, 2) if available / n >= _DENSITY_STEPS / 2), 1)
     steps = int(min(room, available / probes))
     if room < _FEWEST_STEPS:
@@ -372,7 +383,7 @@ def _densities(products: Products, session: _Session) -> Mapping[str, SpectralDe
         why = session.memory_was_short if room < _DENSITY_STEPS else session.budget_was_short
         session.leave_out(
             "accuracy of the spectral densities",
-            f"{probes} probes of {steps} Lanczos steps instead of {_DENSITY_PROBES} of {_DENSITY_STEPS}; {why}",
+            f"{probes} x {steps} Lanczos steps, not {_DENSITY_PROBES} x {_DENSITY_STEPS}; {why}",
         )
     total = len(operators) * probes * min(steps, products.layout.size)
     options: dict[str, Any] = {"num_probes": probes, "steps": steps, "generator": session.generator}
@@ -391,7 +402,7 @@ def _anatomy(
     if session.vectors < _ANATOMY_VECTORS:
         session.leave_out("anatomy", f"{session.memory_was_short}, {_ANATOMY_VECTORS} are needed")
         return {}
-    probes = int(min(session.affordable(1.0, _ANATOMY_PRODUCTS) - 1, _ANATOMY_PROBES))
+    probes = int(min(session.affordable(1.0, _ANATOMY_PRODUCTS, 1) - 1, _ANATOMY_PROBES))
     if probes < _FEWEST_PROBES:
         session.leave_out("anatomy", session.budget_was_short)
         return {}
