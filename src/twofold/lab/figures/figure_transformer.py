@@ -1,0 +1,24 @@
+"""Beyond the paper: figure 1 on a transformer, whose attention and norms keep an NME where phi'' is lost."""
+
+from dataclasses import replace
+
+from twofold.lab.config import RunConfig, transformer
+from twofold.lab.figures.penalties import RELU_PSAM, RELU_SAM
+from twofold.lab.figures.scales import Scale
+from twofold.lab.figures.tracking import tracking_figure
+
+
+def recipe(scale: Scale, data: str) -> RunConfig:
+    """The scale's data and length on the transformer with its own optimiser."""
+    found, own = scale.recipe(data), transformer()
+    return replace(found, model=own.model, optimizer=own.optimizer, warmup_epochs=own.warmup_epochs)
+
+
+FIGURE = tracking_figure(
+    "transformer",
+    title="SAM and PSAM against rho on a transformer",
+    setting="A pre-norm transformer of two blocks of width 32, trained by AdamW with warm-up.",
+    sam=RELU_SAM,
+    psam=RELU_PSAM,
+    recipe=recipe,
+)
