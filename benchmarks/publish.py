@@ -8,6 +8,7 @@ import curvature
 import memory
 import oracles
 import spectra
+import steps
 from models import MODELS
 from results import Table
 
@@ -23,6 +24,11 @@ def peaks() -> Iterator[Table]:
     yield memory.table(list(MODELS))
 
 
+def training() -> Iterator[Table]:
+    """Of training steps."""
+    yield steps.table(list(steps.MODES))
+
+
 def exact() -> Iterator[Table]:
     """What is right and what is not."""
     yield oracles.matrices()
@@ -30,7 +36,7 @@ def exact() -> Iterator[Table]:
     yield spectra.spectra()
 
 
-PARTS: dict[str, Callable[[], Iterator[Table]]] = {"exact": exact, "costs": costs, "peaks": peaks}
+PARTS: dict[str, Callable[[], Iterator[Table]]] = {"exact": exact, "costs": costs, "peaks": peaks, "training": training}
 
 if __name__ == "__main__":
     for part in sys.argv[1:] or PARTS:

@@ -7,6 +7,7 @@ from scipy.sparse.linalg import aslinearoperator
 import twofold
 from models import CASES
 from twofold import TwofoldError
+from twofold.curvature.probes import signs
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -34,7 +35,7 @@ def test_standard_errors_are_calibrated():
 def test_mean_and_spread_are_those_of_the_samples():
     A = torch.randn(7, 7) + 1e6 * torch.eye(7)
     singly = torch.Generator().manual_seed(3)
-    probes = torch.stack([torch.randint(2, (7,), generator=singly).double() * 2 - 1 for _ in range(9)])
+    probes = torch.stack([signs(7, singly).double() for _ in range(9)])
     samples = probes * (probes @ A.T)
     found = twofold.diagonal(A, 9, generator=torch.Generator().manual_seed(3))
     torch.testing.assert_close(found.value, samples.mean(0))

@@ -9,6 +9,7 @@ from scipy.sparse.linalg import aslinearoperator
 import twofold
 from models import CASES
 from twofold import TwofoldError, TwofoldWarning
+from twofold.curvature.probes import signs
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -286,3 +287,13 @@ def test_estimates_do_not_depend_on_the_callers_autocast(estimator):
     expected = str(estimator(A))
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         assert str(estimator(A)) == expected
+
+
+def test_signs_are_fair_and_independent():
+    n = 200_001
+    drawn = signs(n, torch.Generator().manual_seed(0)).double()
+    assert drawn.shape == (n,)
+    assert drawn.abs().eq(1).all()
+    assert abs(drawn.sum().item()) < 4 * n**0.5
+    for lag in (1, 2, 4, 8, 16, 64):  # within a drawn word and from word to word
+        assert abs((drawn[lag:] * drawn[:-lag]).sum().item()) < 4 * n**0.5

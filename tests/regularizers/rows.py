@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, grad, hessian, jacrev, jvp
 
+from twofold.curvature.probes import signs
 from twofold.regularizers import (
     ASAM,
     GSAM,
@@ -70,7 +71,7 @@ class Problem:
         return self.each(lambda p: torch.randn(p.shape, generator=generator, dtype=p.dtype))
 
     def signs(self, generator):
-        return self.each(lambda p: torch.randint(2, p.shape, generator=generator).double() * 2 - 1)
+        return self.each(lambda p: signs(p.numel(), generator).double())
 
     def each(self, f):
         return torch.cat([f(p.detach()).reshape(-1) for p in self.parameters.values()])
@@ -160,7 +161,7 @@ def drawn_over(problem, mask, kind, generator):
         elif kind is torch.randn:
             parts.append(torch.randn(p.shape, generator=generator, dtype=p.dtype).reshape(-1))
         else:
-            parts.append(torch.randint(2, p.shape, generator=generator).double().reshape(-1) * 2 - 1)
+            parts.append(signs(p.numel(), generator).double())
     return torch.cat(parts)
 
 

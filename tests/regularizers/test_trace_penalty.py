@@ -15,6 +15,7 @@ from regularizers.rows import Problem, flat
 from twofold.curvature.differentiable import buffers_replaced, module_state_kept
 from twofold.curvature.jet_rules import NotCarriedError
 from twofold.curvature.operators import Hessian
+from twofold.curvature.probes import signs
 from twofold.errors import TwofoldError
 from twofold.regularizers import GaussNewtonTrace, HessianTrace, matched_sigma
 from twofold.regularizers.passes import ModelPasses
@@ -78,7 +79,7 @@ def test_the_hessian_trace_has_the_right_third_derivative_on_every_model(name):
     case = CASES[name]()
     generator = torch.Generator().manual_seed(3)
     drawn = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))
-    v = torch.cat([torch.randint(2, p.shape, generator=drawn).reshape(-1) * 2.0 - 1 for p in case.model.parameters()])
+    v = torch.cat([signs(p.numel(), drawn).double() for p in case.model.parameters()])
     g, _ = run(case, HessianTrace(strength=0.0))
     found, trace = run(case, HessianTrace(strength=1.0, generator=generator.manual_seed(3)))
     assert relative(found - g, slope_of_hessian_product(case, v)) < 1e-9
@@ -160,9 +161,7 @@ def test_the_full_gauss_newton_trace_descends_its_own_value_on_every_model(name,
     if estimator == "hutchinson":
         drawn = torch.Generator().manual_seed(3)
         drawn.manual_seed(int(torch.randint(2**62, (), generator=drawn)))
-        v = torch.cat(
-            [torch.randint(2, p.shape, generator=drawn).reshape(-1) * 2.0 - 1 for p in case.model.parameters()]
-        )
+        v = torch.cat([signs(p.numel(), drawn).double() for p in case.model.parameters()])
         case.model.load_state_dict(state)
         GN = dense(case.model, case.loss_fn, case.batches[:1], forward=case.forward).gauss_newton
         assert at(0.0)[1] == pytest.approx((v @ GN @ v).item(), rel=1e-9)

@@ -8,7 +8,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int8
 from torch import Tensor
 
 from twofold.distributed import same_generator
@@ -37,13 +37,18 @@ def generator_for(operator: Any, generator: torch.Generator | None) -> torch.Gen
     return private_generator(operator.device) if generator is None else generator
 
 
+def signs(count: int, generator: torch.Generator) -> Int8[Tensor, "count"]:
+    """Draw signs +-1 on the generator's device, one from each byte of what it draws."""
+    words = torch.empty((count + 7) // 8, dtype=torch.int64, device=generator.device).random_(generator=generator)
+    return words.view(torch.int8)[:count].bitwise_and_(1).mul_(2).sub_(1)
+
+
 def rademacher(operator: Any, num_probes: int, generator: torch.Generator | None) -> Iterator[Float[Tensor, "P"]]:
     """Yield probes [P] with entries +-1, in float32 at least."""
     dtype = torch.promote_types(operator.dtype, torch.float32)
     generator = generator_for(operator, generator)
     for _ in range(num_probes):
-        signs = torch.randint(2, (operator.shape[1],), generator=generator, device=generator.device)
-        yield signs.to(operator.device, dtype).mul_(2).sub_(1)
+        yield signs(operator.shape[1], generator).to(operator.device, dtype)
 
 
 def summarise(samples: Sequence[float]) -> Estimate:

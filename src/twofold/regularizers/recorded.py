@@ -72,17 +72,17 @@ class Recorded:
     def gradients_with(
         self, heads: Sequence[Tensor], cotangents: Sequence[Tensor], at_outputs: Sequence[Tensor] | None = None
     ) -> Gradients:
-        """Return, from one backward pass, the gradient of L + sum_i <heads_i, sg(cotangents_i)> + <z, sg(at_outputs)>.
+        """Return, from one backward pass, the gradient of L + (sum_i <heads_i, sg(cotangents_i)> + <z, sg(at_z)>) / s.
 
         Args:
-            heads: tensors on the graph of the parameters.
+            heads: tensors on the graph of the parameters; like the loss in it, multiplied with the scale s.
             cotangents: one constant for each head.
-            at_outputs: one constant for each differentiable tensor of the outputs.
+            at_outputs: at_z, one constant for each differentiable tensor of the outputs, multiplied with s too.
         """
-        sources = list(zip(heads, [self.scale * u for u in cotangents], strict=True))
+        sources = list(zip(heads, cotangents, strict=True))
         at_z = self.recording.output_gradient
         if at_outputs is not None:
-            at_z = [u + self.scale * more for u, more in zip(at_z, at_outputs, strict=True)]
+            at_z = [u + more for u, more in zip(at_z, at_outputs, strict=True)]
         sources += self._read(at_z)
         tensors, constants = zip(*[(head, u) for head, u in sources if head.requires_grad], strict=True)
         with self.autocast.off(), refusals_named(), self.recording.around():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from twofold.curvature.jet_rules import NotCarriedError
+from twofold.curvature.probes import signs
 from twofold.errors import TwofoldError
 from twofold.parameters import dot, norm
 from twofold.regularizers.base import Direction, Regularizer, check_choice, check_count, check_strength, plain
@@ -186,43 +187,47 @@ class GaussNewtonTrace(Regularizer):
             return Direction(recorded.loss, recorded.gradients, {})
         sample = partial(self._by_labels, passes.ranks) if self.estimator == "labels" else self._by_probe
         heads, cotangents, trace = [], [], 0.0
-        factor = self.strength / self.num_samples
+        factor = self.strength / self.num_samples * recorded.scale
         at_outputs: list[Tensor] | None = None
         for _ in range(self.num_samples):
-            drawn = sample(recorded, generator)
+            drawn = sample(recorded, factor, generator)
             heads += drawn.heads
-            cotangents += [factor * u for u in drawn.cotangents]
+            cotangents += drawn.cotangents
             if drawn.at_outputs is not None:
-                more = [factor * u for u in drawn.at_outputs]
+                more = drawn.at_outputs
                 at_outputs = more if at_outputs is None else [a + b for a, b in zip(at_outputs, more, strict=True)]
             trace = trace + drawn.value / self.num_samples
         gradients = recorded.gradients_with(heads, cotangents, at_outputs)
         return Direction(recorded.loss, gradients, {"trace": trace, "penalty": self.strength * trace})
 
-    def _by_labels(self, ranks: Ranks, recorded: Recorded, generator: torch.Generator) -> "_Sample":
+    def _by_labels(self, ranks: Ranks, recorded: Recorded, factor: float, generator: torch.Generator) -> "_Sample":
+        """With R = sqrt(2 factor) r, factor ||J'r||^2 = ||J'R||^2 / 2, whose gradient is that of <J'R, sg(J'R)>."""
         kind = "labels" if self.through == "jacobian" else "gaussian"
         with recorded.autocast.off():
             residual = recorded.loss_view.residual(recorded.outputs, recorded.targets, kind, generator)
-        slope = recorded.vjp([residual.detach() if self.through == "jacobian" else residual])
+        residual = math.sqrt(2 * factor) * (residual.detach() if self.through == "jacobian" else residual)
+        slope = recorded.vjp([residual])
         fixed, size = [one.detach() for one in slope], 1
         if ranks.alike:
             # With the mean over R ranks as the loss, s = sum_r s_r / sqrt(R), and each rank's part of the gradient of
-            # ||s||^2, before that mean is taken, is that of 2 <s_r, sg(sum_r s_r)>.
+            # ||s||^2 / 2, before that mean is taken, is that of <s_r, sg(sum_r s_r)>.
             fixed, size = ranks.total(fixed), ranks.size
-        return _Sample(dot(fixed, fixed) / size, slope, [2 * one for one in fixed], None)
+        return _Sample(dot(fixed, fixed) / (2 * factor * size), slope, fixed, None)
 
-    def _by_probe(self, recorded: Recorded, generator: torch.Generator) -> "_Sample":
+    def _by_probe(self, recorded: Recorded, factor: float, generator: torch.Generator) -> "_Sample":
         """v'GNv = t'H_z t with t = J v; its gradient at fixed H_z is that of 2 <u, J v> with u = H_z t held fixed."""
         probe = [_signs(weight, generator) for weight in recorded.recording.parameters]
         tangent = recorded.jvp(probe)
         curved = recorded.output_hessian(tangent)
-        at_outputs = recorded.output_third(tangent) if self.through == "full" else None
-        return _Sample(dot(tangent, curved), recorded.vjp(curved), [2 * v for v in probe], at_outputs)
+        third = recorded.output_third(tangent) if self.through == "full" else None
+        at_outputs = None if third is None else [factor * one for one in third]
+        heads = recorded.vjp([2 * factor * one for one in curved])
+        return _Sample(dot(tangent, curved), heads, probe, at_outputs)
 
 
 @dataclass(frozen=True)
 class _Sample:
-    """One draw of tr GN, and the heads whose products with fixed cotangents have its gradient."""
+    """One draw of tr GN, and the heads whose products with fixed cotangents have factor times its gradient."""
 
     value: Tensor
     heads: list[Tensor]
@@ -232,8 +237,7 @@ class _Sample:
 
 def _signs(weight: Tensor, generator: torch.Generator) -> Tensor:
     """A Rademacher probe of a weight's shape."""
-    drawn = torch.randint(2, weight.shape, generator=generator, device=generator.device)
-    return drawn.to(weight.device, weight.dtype).mul_(2).sub_(1)
+    return signs(weight.numel(), generator).view(weight.shape).to(weight.device, weight.dtype)
 
 
 def _quadratic_form(slopes: Sequence[Tensor], weights: Sequence[Tensor], probe: Sequence[Tensor]) -> Tensor:
