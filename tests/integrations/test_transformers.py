@@ -2,6 +2,10 @@
 
 import copy
 import doctest
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -59,7 +63,15 @@ def collate(items):
 
 
 def train(model, data, tmp_path, regularizer=None, *, trainer=MyTrainer, watch=None, callbacks=(), **options):
-    known = {"label_smoothing_factor", "gradient_accumulation_steps", "bf16", "max_grad_norm", "report_to", "max_steps"}
+    known = {
+        "label_smoothing_factor",
+        "gradient_accumulation_steps",
+        "bf16",
+        "max_grad_norm",
+        "report_to",
+        "max_steps",
+        "ddp_backend",
+    }
     arguments = TrainingArguments(
         str(tmp_path),
         **{
@@ -93,12 +105,12 @@ def losses(trainer):
     return [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
 
-def by_hand(model, data, regularizer, *, accumulate=1, autocast=False, clip=None, smoothing=0.0):
+def by_hand(model, data, regularizer, *, accumulate=1, autocast=False, clip=None, smoothing=0.0, size=2):
     """The same in a plain loop: batches in order, plain SGD, causal cross-entropy over tokens of the whole step."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     regularizer.attach(optimizer)
     model.train()
-    batches = [collate(data[i : i + 2]) for i in range(0, len(data), 2)]
+    batches = [collate(data[i : i + size]) for i in range(0, len(data), size)]
 
     def forward(model, batch):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
@@ -246,6 +258,22 @@ def test_a_classifier_with_dropout_trains_and_logs_diagnostics(tmp_path):
     rows = [row for row in trainer.state.log_history if "loss" in row]
     assert len(rows) == STEPS
     assert rows[-1]["regularizer/trace"] == pytest.approx(regularizer.diagnostics["trace"])
+
+
+def test_two_processes_step_as_one_with_the_whole_batch(tmp_path):
+    script = Path(__file__).with_name("two_processes.py")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    paths = os.pathsep.join([str(script.parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    command = [*launch, str(script), str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    model, data = problem()
+    by_hand(model, data, twofold.SAM(rho=0.1), size=4)
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(found[name], parameter.detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_without_a_regularizer_it_is_the_trainer(tmp_path):

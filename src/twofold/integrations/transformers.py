@@ -35,7 +35,8 @@ class RegularizedMixin:
     `training_step` is the Trainer's own, with a loss whose backward pass hands on the regularizer's gradient, so that
     accumulation, clipping, mixed precision, label smoothing, `compute_loss_func` and an overridden `compute_loss` work
     as they do without. `compute_loss` runs once for each pass that the method makes. With accumulation each batch has a
-    perturbation of its own. `regularizer.diagnostics` go into the logs as "regularizer/<name>".
+    perturbation of its own; processes under DDP share one, or have their own with the regularizer's ascent="local".
+    `regularizer.diagnostics` go into the logs as "regularizer/<name>".
 
     Methods that tell GN from NME (GaussNewtonTrace, GradientPenalty with curvature="gauss_newton" or "nme") need a loss
     that comes from one of torch's losses, as those of transformers' models do; the Trainer's own label smoothing does
@@ -108,6 +109,8 @@ class RegularizedMixin:
             )
         # A loss over all batches of a step is the part of one; times their number it is of the size of a mean.
         share = self.current_gradient_accumulation_steps if self._is_scaled(num_items_in_batch) else 1
+        # Passes must not start DistributedDataParallel's own averaging; the regularizer averages what it hands on.
+        plain = unwrap(model)
         first_outputs: list[Any] = []
         # Accelerate hides its autocast inside of the model's forward; the regularizer must know of it.
         device = self.args.device.type
@@ -116,7 +119,7 @@ class RegularizedMixin:
         def step(first: bool) -> Tensor:
             options = {"return_outputs": True} if return_outputs else {}
             with torch.autocast(device, dtype, enabled=outside):
-                loss = compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch, **options)
+                loss = compute_loss(plain, dict(inputs), num_items_in_batch=num_items_in_batch, **options)
             if return_outputs:
                 loss, outputs = loss
                 if first:
