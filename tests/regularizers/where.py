@@ -125,6 +125,33 @@ def closure(row):
     same(trial.before - flat(trial.model.parameters()), plain(row))
 
 
+def ddp(row):
+    """In two processes, each with half of the batch and a DistributedDataParallel model."""
+    rank = torch.distributed.get_rank()
+    trial = Trial(row)
+    x, y = trial.batch
+    trial.batch = (x.chunk(2)[rank], y.chunk(2)[rank])
+    trial.backward(nn.parallel.DistributedDataParallel(trial.model))
+    found = trial.moved()
+    if DRAWS_FOR_TERMS in repr(trial.reg):
+        assert (found - plain(row, strength=0.0)).norm() > 1e-3
+        for other in (found.clone(), found.clone()):
+            torch.distributed.broadcast(other, 0)
+            same(found, other)
+    else:
+        same(found, plain(row))
+
+
+DRAWS_FOR_TERMS = "estimator='labels'"
+
+
+def ddp_column(rank):
+    """{method: cell} as this process finds it."""
+    from regularizers.rows import ROWS
+
+    return {name: cell(ddp, row) for name, row in ROWS.items()}
+
+
 SETTINGS = {
     "bf16 autocast": bf16,
     "fp16 GradScaler": fp16,
@@ -155,21 +182,27 @@ def read():
     return {name: dict(zip(rows[0][1:], cells, strict=True)) for name, *cells in rows[2:]}
 
 
-def write(settings):
-    """Fill these settings' columns; others stay as they are."""
+def write(settings, columns=None):
+    """Fill these settings' columns, and those that are known; others stay as they are."""
     from regularizers.rows import ROWS
 
-    known = read()
+    known, columns = read(), columns or {}
     table = {
-        name: known.get(name, {}) | {s: cell(run, row) for s, run in settings.items()} for name, row in ROWS.items()
+        name: known.get(name, {})
+        | {setting: cell(run, row) for setting, run in settings.items()}
+        | {setting: column[name] for setting, column in columns.items()}
+        for name, row in ROWS.items()
     }
-    columns = list(dict.fromkeys(column for cells in table.values() for column in cells))
-    lines = ["| method | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    lines += [f"| {name} | " + " | ".join(cells.get(c, "") for c in columns) + " |" for name, cells in table.items()]
+    names = list(dict.fromkeys(setting for cells in table.values() for setting in cells))
+    lines = ["| method | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    lines += [f"| {name} | " + " | ".join(cells.get(n, "") for n in names) + " |" for name, cells in table.items()]
     before, _, after = re.split(f"{re.escape(BEGIN)}|{re.escape(END)}", PAGE.read_text())
     PAGE.write_text(f"{before}{BEGIN}\n" + "\n".join(lines) + f"\n{END}{after}")
 
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    write(SETTINGS)
+    from ranks import on_ranks
+    from regularizers import where
+
+    write(SETTINGS, {"DDP": on_ranks(where.ddp_column)[0]})
