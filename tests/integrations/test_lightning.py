@@ -103,7 +103,7 @@ SETTINGS = {
 
 
 def steps_as_by_hand(row, setting):
-    """Fit with a callback and train by hand; the weights must agree, and differ from those of plain training."""
+    """Fit with a callback and train by hand; the weights must agree far better than those of plain training do."""
     options, hand = SETTINGS[setting]
     module, data = problem()
     expected = copy.deepcopy(module)
@@ -111,14 +111,12 @@ def steps_as_by_hand(row, setting):
     fit(module, data, RegularizerCallback(regularizer), **options)
     by_hand(expected, data, row.make(0.02), **hand)
     assert regularizer.steps == BATCHES // hand.get("accumulate", 1)
-    tolerance = 1e-2 if setting == "bf16" and row.draws else 1e-4
-    for (key, a), b in zip(module.state_dict().items(), expected.state_dict().values(), strict=True):
-        if not key.startswith("accuracy"):
-            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
     plain, _ = problem()
-    by_hand(plain, data, twofold.SAM(rho=0.0), **hand)
-    moved = [torch.dist(a, b) for a, b in zip(module.parameters(), plain.parameters(), strict=True)]
-    assert sum(moved) > 20 * tolerance * tolerance
+    by_hand(plain, data, row.make(0.0), **hand)
+    apart = sum(torch.dist(a, b) ** 2 for a, b in zip(module.parameters(), expected.parameters(), strict=True))
+    moved = sum(torch.dist(a, b) ** 2 for a, b in zip(expected.parameters(), plain.parameters(), strict=True))
+    assert (apart / moved) ** 0.5 < (0.1 if setting == "bf16" else 1e-3)
+    assert module.body[1].num_batches_tracked == BATCHES
 
 
 @pytest.mark.parametrize(
