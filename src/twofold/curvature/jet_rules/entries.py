@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from twofold.curvature.jet_rules.jet import Jet, NotCarriedError, each, leaves, parts, plus, times
@@ -83,13 +84,40 @@ def gelu(func: Callable, input: Jet, *, approximate: str = "none") -> Jet:
     """x Phi(x): phi'' = (2 - x^2) exp(-x^2/2) / sqrt(2 pi)."""
     if approximate != "none":
         return of_entries(lambda t: F.gelu(t, approximate=approximate), input)
-    x = input.z0
+    x, x1, x2 = input
+    if torch.is_grad_enabled() and x1 is not None and x.dtype in (torch.float32, torch.float64):
+        return Jet(F.gelu(x), *_GELUTangents.apply(x, x1, x2))  # pyrefly: ignore
 
     def curvature() -> Tensor:
         square = x * x
         return torch.exp(-0.5 * square) * ((2 - square) / math.sqrt(2 * math.pi))
 
     return chained(F.gelu(x), input, lambda t: _aten.gelu_backward(t, x), curvature)
+
+
+class _GELUTangents(torch.autograd.Function):
+    """phi' x1 and phi' x2 + phi'' x1^2 with their gradients: autograd would take a dozen operations more."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, x1: Tensor, x2: Tensor | None) -> tuple[Tensor, Tensor]:
+        density = (-0.5 * x * x).exp_().mul_(1 / math.sqrt(2 * math.pi))
+        slope = (x * math.sqrt(0.5)).erf_().add_(1).mul_(0.5).addcmul_(x, density)
+        curvature = (2 - x * x).mul_(density)
+        ctx.save_for_backward(x, x1, x2, density, slope, curvature)
+        y2 = (curvature * x1).mul_(x1)
+        return slope * x1, y2 if x2 is None else y2.addcmul_(slope, x2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g1: Tensor, g2: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
+        x, x1, x2, density, slope, curvature = ctx.saved_tensors
+        bent = curvature * x1
+        in_x = (x * x).sub_(4).mul_(x).mul_(density).mul_(x1).mul_(x1)  # the third derivative is x (x^2 - 4) density
+        if x2 is not None:
+            in_x.addcmul_(curvature, x2)
+        in_x.mul_(g2).addcmul_(bent, g1)
+        in_x1 = (slope * g1).addcmul_(bent, g2, value=2) if ctx.needs_input_grad[1] else None
+        return in_x, in_x1, slope * g2 if x2 is not None else None
 
 
 def tanh(func: Callable, input: Jet) -> Jet:
