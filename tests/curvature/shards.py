@@ -98,6 +98,8 @@ def estimated(c, model, loss_fn, data, rank, group):
     report = twofold.measure(model, loss_fn, data, num_probes=2, num_eigenvalues=2, generator=generator(), group=group)
     found["report"] = estimates(report.traces)
     found["terms"] = torch.tensor([report.policy["num_batches"], report.policy["num_terms"], report.loss])
+    fidelity = twofold.fidelity(model, loss_fn, data, (0.1, 0.5), group=group)
+    found["fidelity"] = torch.tensor(list(fidelity.metrics().values()))
     record = twofold.track(model, loss_fn, data, num_probes=2, max_steps=3, group=group).measure(0)
     found["record"] = torch.tensor([value for name, value in record.items() if name.startswith("curvature/")])
     found["fidelity"] = torch.tensor(twofold.fidelity(model, loss_fn, data, rho=0.1, group=group).cosine["nme"])

@@ -149,6 +149,13 @@ def test_chosen_parameters_alone_are_moved():
     assert math.isnan(found.cosine["nme"][0])
 
 
+def test_pieces_of_a_batch_add_up():
+    model, batch = mlp(4, 8, 3), (torch.randn(16, 4), torch.randint(3, (16,)))
+    whole = fidelity(model, F.cross_entropy, batch, 0.1)
+    pieces = fidelity(model, F.cross_entropy, batch, 0.1, microbatches=3)
+    assert pieces.metrics() == pytest.approx(whole.metrics())
+
+
 @pytest.mark.parametrize("mode", [None, "train", "eval"])
 def test_it_leaves_no_trace(mode):
     case = classification(Moody(), (1, 2, 2))
