@@ -245,7 +245,7 @@ class Dissection(Recording):
         self, vector: Sequence[Tensor], *, with_rest: bool
     ) -> tuple[list[Tensor], list[Tensor], list[Source]]:
         """One pass through w: what untold operations add to NME v (if asked for), J v, and every source."""
-        _, u, _ = self._reverse
+        _, u = self._reverse
         with self._held.collected() as held:
             through = self._through_w(vector, [*self.parameters, *u] if with_rest else u, gate_open=False)
         start = len(through) - len(u)

@@ -42,7 +42,10 @@ class _Curve:
     def __init__(self, x: Tensor, phi: Callable[[Tensor], Tensor]) -> None:
         self._x = x.detach().requires_grad_()
         self._y = phi(self._x)
-        self.value = self._y.detach()
+
+    def value(self) -> Tensor:
+        """phi(x): not kept, since it will hold the graph that holds this."""
+        return self._y.detach()
 
     @cached_property
     def graphed_slope(self) -> Tensor:
@@ -69,7 +72,7 @@ class _Activation(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, curve: _Curve) -> Tensor:
         ctx.save_for_backward(x)
         ctx.curve = curve
-        return curve.value
+        return curve.value()
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:  # pyrefly: ignore[bad-override]

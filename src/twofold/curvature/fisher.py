@@ -102,8 +102,8 @@ class Fisher(SymmetricOperator):
         self._seed = int(torch.randint(2**62, (), generator=source, device=source.device))
 
     def _rows(self, rows: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:
-        def product(recording: Recording, v: list[Tensor]) -> dict[str, list[Tensor]]:
-            return {"fisher": self._product(recording, v)}
+        def product(recording: Recording, v: list[Tensor]) -> list[tuple[str, list[Tensor]]]:
+            return [("fisher", self._product(recording, v))]
 
         return self._products.averaged(rows, (), product, ["fisher"])["fisher"]
 

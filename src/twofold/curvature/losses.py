@@ -205,11 +205,12 @@ class CrossEntropy(Loss):
         """Return t -> S (p t - p <p, t>)."""
         dim = _class_dim(outputs)
         p = outputs.detach().to(_wide(outputs)).softmax(dim)
-        scaled = p * self._scale(outputs, targets)
+        scale = self._scale(outputs, targets)
 
         def product(tangents: Sequence[Tensor]) -> list[Tensor]:
-            t = tangents[0]
-            return [(scaled * (t - (p * t).sum(dim, keepdim=True))).to(t.dtype)]
+            weighted = p * tangents[0]
+            weighted.addcmul_(p, weighted.sum(dim, keepdim=True), value=-1).mul_(scale)
+            return [weighted.to(tangents[0].dtype)]
 
         return product
 

@@ -32,9 +32,11 @@ _Three: TypeAlias = Sequence[Tensor | None]
 
 
 class _Norm(Protocol):
-    """One call of a norm."""
+    """One call of a norm; it does not keep its value, which holds the graph that holds it."""
 
-    value: Tensor
+    def value(self, x: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
+        """y; sets m and r."""
+        ...
 
     def adjoint(self, g: Tensor, x: Tensor, w: Tensor | None, of: Sequence[bool]) -> tuple[_Three, list[Tensor]]:
         """(gx, gw, gb), and what the derivatives take from here."""
@@ -50,7 +52,7 @@ class _Normalise(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, w: Tensor | None, b: Tensor | None, norm: _Norm) -> Tensor:
         ctx.save_for_backward(x, w)
         ctx.norm = norm
-        return norm.value
+        return norm.value(x, w, b)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
@@ -77,21 +79,15 @@ class _Adjoint(torch.autograd.Function):
 
 
 class _BatchNorm:
-    def __init__(  # noqa: PLR0917
-        self,
-        x: Tensor,
-        w: Tensor | None,
-        b: Tensor | None,
-        running: Sequence[Any],
-        training: bool,
-        momentum: float,
-        eps: float,
-    ) -> None:
-        self._training, self._eps, self._running = training, eps, running
-        m, variance = running
-        self.value, *self._saved = torch.native_batch_norm(x, w, b, m, variance, training, momentum, eps)
-        self._m, self._r = self._saved if training else (m, (variance + eps).rsqrt())
+    def __init__(self, running: Sequence[Any], training: bool, momentum: float, eps: float) -> None:
+        self._running, self._training, self._momentum, self._eps = running, training, momentum, eps
+
+    def value(self, x: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
+        m, variance = self._running
+        y, *self._saved = torch.native_batch_norm(x, w, b, m, variance, self._training, self._momentum, self._eps)
+        self._m, self._r = self._saved if self._training else (m, (variance + self._eps).rsqrt())
         self._n = x.numel() // x.shape[1]
+        return y
 
     def _kernel(self, g: Tensor, x: Tensor, w: Tensor | None, of: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
         """r Pi(w g), sum(g x^), sum(g)."""
@@ -149,9 +145,12 @@ def _channels(t: Tensor, like: Tensor) -> Tensor:
 
 
 class _LayerNorm:
-    def __init__(self, x: Tensor, w: Tensor | None, b: Tensor | None, shape: Sequence[int], eps: float) -> None:
-        self._shape, self._dims = list(shape), list(range(-len(shape), 0))
-        self.value, self._m, self._r = torch.native_layer_norm(x, self._shape, w, b, eps)
+    def __init__(self, shape: Sequence[int], eps: float) -> None:
+        self._shape, self._dims, self._eps = list(shape), list(range(-len(shape), 0)), eps
+
+    def value(self, x: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
+        y, self._m, self._r = torch.native_layer_norm(x, self._shape, w, b, self._eps)
+        return y
 
     def _kernel(self, g: Tensor, x: Tensor, w: Tensor | None, of: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
         """r Pi(w g), sum(g x^), sum(g)."""
@@ -170,7 +169,7 @@ class _LayerNorm:
             return gradients, []
         normal = self._normal(x)
         mean_gx = self._mean(g * normal if w is None else (g * normal).mul_(w))
-        return gradients, [gradients[0].detach(), normal, mean_gx]
+        return gradients, [gradients[0].detach(), mean_gx]
 
     def derivatives(self, at: Sequence[Any], held: list[Tensor], along: _Three, of: Sequence[bool]) -> _Three:
         (g, x, w), (cx, cw, cb), (of_g, of_x, of_w) = at, along, of
@@ -178,17 +177,18 @@ class _LayerNorm:
         if of_x and cw is not None:
             dx = self._kernel(g, x, cw, [True, False, False])[0]
         if cx is not None:
-            gx, normal, mean_gx = held
+            gx, mean_gx = held
             e = self._kernel(cx, x, None, [True, False, False])[0]
             if of_x:
+                normal = self._normal(x)
                 curved = (e * mean_gx).addcmul_(gx, self._mean(cx * normal)).addcmul_(normal, self._mean(cx * gx))
                 curved.mul_(self._r)
                 dx = curved.neg_() if dx is None else dx.sub_(curved)
             dw = (g * e).sum_to_size(self._shape) if of_w else None
             dg = e if w is None else e.mul_(w)
         if of_g and cw is not None:
-            normal = held[1] if held else self._normal(x)
-            dg = normal * cw if dg is None else dg.addcmul_(normal, cw)
+            by_w = self._normal(x).mul_(cw)
+            dg = by_w if dg is None else dg.add_(by_w)
         if of_g and cb is not None:
             dg = cb.expand_as(g) if dg is None else dg.add_(cb)
         return dg if of_g else None, dx, dw
@@ -206,7 +206,7 @@ def _batch_norm(  # noqa: PLR0917
 ) -> Tensor:
     if training:
         F._verify_batch_size(input.size())  # pyrefly: ignore[missing-attribute]
-    norm = _BatchNorm(input, weight, bias, (running_mean, running_var), training, momentum, eps)
+    norm = _BatchNorm((running_mean, running_var), training, momentum, eps)
     return _Normalise.apply(input, weight, bias, norm)  # pyrefly: ignore
 
 
@@ -217,7 +217,7 @@ def _layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    norm = _LayerNorm(input, weight, bias, normalized_shape, eps)
+    norm = _LayerNorm(normalized_shape, eps)
     return _Normalise.apply(input, weight, bias, norm)  # pyrefly: ignore
 
 

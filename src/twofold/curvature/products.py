@@ -125,9 +125,7 @@ class Products:
         # H alone takes one pass through an open gate; otherwise a matrix is the sum of its terms.
         terms: Sequence[Matrix] = ("hessian",) if set(parts) == {"hessian"} else _terms(parts)
         if ACTIVATIONS.isdisjoint(parts):
-            found = self.averaged(
-                rows, (), lambda recording, v: dict(zip(terms, recording.products(v, terms), strict=True)), terms
-            )
+            found = self.averaged(rows, (), lambda recording, v: recording.products(v, terms), terms)
         else:
             found = self.dissected(rows, ("activation",), lambda _: "activation_nme", terms.__contains__)
             for term in terms:  # a model without activations
@@ -153,7 +151,7 @@ class Products:
             group: the group that an operation belongs to.
             wanted: which groups to compute.
         """
-        return self.averaged(rows, kinds, lambda recording, v: recording.dissect(v, group, wanted))
+        return self.averaged(rows, kinds, lambda recording, v: recording.dissect(v, group, wanted).items())
 
     @full_precision()
     def forms(
@@ -273,7 +271,7 @@ class Products:
         self,
         rows: Float[Tensor, "K P"],
         kinds: Sequence[str],
-        products: Callable[[Any, list[Tensor]], Mapping[Any, list[Tensor]]],
+        products: Callable[[Any, list[Tensor]], Iterable[tuple[Any, list[Tensor]]]],
         names: Sequence[Any] | None = None,
     ) -> dict[Any, Float[Tensor, "K P"]]:
         """Average named products(recording, v) over the batches, for each of K vectors.
@@ -281,7 +279,7 @@ class Products:
         Args:
             rows: the vectors, [K, P].
             kinds: which kinds of operation the recordings tell apart.
-            products: takes a recording and v, one tensor per parameter, and returns {name: a vector like v}.
+            products: takes a recording and v, one tensor per parameter, and yields pairs (name, a vector like v).
             names: the names that it gives, where they do not depend on the batch.
         """
         averages: dict[Any, Tensor] = {}
@@ -289,17 +287,18 @@ class Products:
             total, first = 0.0, True
             for recording, total in self._counted(self.recordings(kinds)):
                 for k, row in enumerate(rows):
-                    found = products(recording, self.layout.unflatten(row))
-                    for name, product in found.items():
+                    found = set()
+                    for name, product in products(recording, self.layout.unflatten(row)):
+                        found.add(name)
                         if name not in averages:
                             averages[name] = torch.empty_like(rows) if first else torch.zeros_like(rows)
                         if first:
                             self.layout.flatten(product, out=averages[name][k])
                         else:
                             self._average_in(averages[name][k], self.layout.flatten(product), recording.count, total)
-                    for name in averages.keys() - found.keys():
+                        del product
+                    for name in averages.keys() - found:
                         self._average_in(averages[name][k], torch.zeros_like(row), recording.count, total)
-                    del found
                 first = False
                 del recording
             averages = self._over_ranks(averages, rows, total, rows, names)

@@ -6,7 +6,7 @@ together, GN v = J'(H_z J v) is one more through z, and H v = GN v + NME v is a 
 gate lets the curvature of the loss into the same pass. In units of one forward pass: H v 6, GN v 4, all three 8.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any, TypeVar
@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from twofold.batches import describe
@@ -90,7 +91,7 @@ class _LossGradient(torch.autograd.Function):
     def forward(ctx: Any, gate: _Gate, *outputs: Tensor) -> tuple[Tensor, ...]:
         ctx.gate = gate
         ctx.set_materialize_grads(False)
-        return tuple(gradient.clone() for gradient in gate.at_outputs.output_gradient)
+        return tuple(gradient.detach() for gradient in gate.at_outputs.output_gradient)
 
     @staticmethod
     def backward(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -154,28 +155,35 @@ class Recording:
         """t -> H_z t, over the differentiable tensors of the outputs."""
         return self._gate.at_outputs.output_hessian
 
-    @cached_property
-    def _reverse(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """(w = J'u, u, the outputs that have a graph), w with a graph in both theta and u."""
+    def _reverse_pass(self) -> tuple[list[Tensor], list[Tensor]]:
+        """(w = J'u, u), w with a graph in both theta and u."""
         attached = [z for z in self.outputs if z.requires_grad]
         if not attached:
-            return [torch.zeros_like(p) for p in self.parameters], [], []
+            return [torch.zeros_like(p) for p in self.parameters], []
         with torch.enable_grad(), refusals_named(), self.around():
             every = _LossGradient.apply(self._gate, *self.outputs)
             u = [gradient for gradient, z in zip(every, self.outputs, strict=True) if z.requires_grad]
             w = torch.autograd.grad(attached, self.parameters, u, create_graph=True, materialize_grads=True)
             _check_once_differentiable(attached, w)
-        return list(w), u, attached
+        return list(w), u
+
+    @cached_property
+    def _reverse(self) -> tuple[list[GradientEdge | None], list[Tensor]]:
+        """Where the graph of w = J'u begins (None: w is constant), and u. Products need no values of w."""
+        w, u = self._reverse_pass()
+        return [get_gradient_edge(wi) if wi.requires_grad else None for wi in w], u
 
     @property
     def gradient(self) -> list[Tensor]:
         """The gradient of the loss, J' dl/dz, in the parameters' shapes."""
         return self.vjp(self.output_gradient)
 
-    @property
+    @cached_property
     def graphed_gradient(self) -> list[Tensor]:
-        """The gradient of the loss, on the graph that all products share; free beside them."""
-        return self._reverse[0]
+        """The gradient of the loss, on the graph that products share; free beside them where it is asked for first."""
+        w, u = self._reverse_pass()
+        self._reverse = [get_gradient_edge(wi) if wi.requires_grad else None for wi in w], u
+        return w
 
     @refusals_named()
     def vjp(self, cotangents: Sequence[Tensor]) -> list[Tensor]:
@@ -190,47 +198,45 @@ class Recording:
     @refusals_named()
     def jvp(self, vector: Sequence[Tensor]) -> list[Tensor]:
         """Return J v, one tensor per differentiable output tensor."""
-        _, u, _ = self._reverse
+        _, u = self._reverse
         return self._fill(self._through_w(vector, u, gate_open=False))
 
-    @refusals_named()
-    def products(self, vector: Sequence[Tensor], parts: Sequence[Matrix]) -> list[list[Tensor]]:
-        """Return the named matrices times v, sharing passes.
+    def products(self, vector: Sequence[Tensor], parts: Collection[Matrix]) -> Iterator[tuple[Matrix, list[Tensor]]]:
+        """Yield the named matrices times v, sharing passes; none is held when the next is computed.
 
         Args:
             vector: v, one tensor per parameter, of its shape.
-            parts: which of "hessian", "gauss_newton", "nme", in the order wanted.
+            parts: ("hessian",) alone, or any of "gauss_newton" and "nme".
         """
-        if set(parts) == {"hessian"}:
-            hessian = self._through_w(vector, self.parameters, gate_open=True)
-            return [hessian for _ in parts]
-        result: dict[Matrix, list[Tensor]] = {}
-        _, u, _ = self._reverse
-        if set(parts) == {"nme"}:
-            result["nme"] = self._through_w(vector, self.parameters, gate_open=False)
-        else:
-            with_nme = parts.count("gauss_newton") != len(parts)
-            through = self._through_w(vector, [*self.parameters, *u] if with_nme else u, gate_open=False)
-            nme, jv = through[: len(through) - len(u)], through[len(through) - len(u) :]
-            result["gauss_newton"] = self.vjp(self.output_hessian(self._fill(jv)))
-            if with_nme:
-                result["nme"] = nme
+        with refusals_named():
             if "hessian" in parts:
-                result["hessian"] = [a + b for a, b in zip(result["gauss_newton"], nme, strict=True)]
-        return [result[part] for part in parts]
+                yield "hessian", self._through_w(vector, self.parameters, gate_open=True)
+                return
+            _, u = self._reverse
+            inputs = [*(self.parameters if "nme" in parts else ()), *(u if "gauss_newton" in parts else ())]
+            through = self._through_w(vector, inputs, gate_open=False)
+            if "nme" in parts:
+                jv = through[len(self.parameters) :]
+                del through[len(self.parameters) :]
+                yield "nme", through
+            else:
+                jv = through
+            del through
+            if "gauss_newton" in parts:
+                yield "gauss_newton", self.vjp(self.output_hessian(self._fill(jv)))
 
     @refusals_named()
     def quadratic_forms(self, vector: Sequence[Tensor], parts: Sequence[Matrix]) -> dict[Any, Tensor]:
         """Return v'GN v, v'NME v or both, in one pass."""
-        _, u, _ = self._reverse
+        _, u = self._reverse
         through = self._through_w(vector, [*self.parameters, *u] if "nme" in parts else u, gate_open=False)
         nme, jv = through[: len(through) - len(u)], self._fill(through[len(through) - len(u) :])
         found = {"gauss_newton": dot(jv, self.output_hessian(jv))}
         return found | ({"nme": dot(vector, nme)} if "nme" in parts else {})
 
     def _through_w(self, vector: Sequence[Tensor], inputs: list[Tensor], *, gate_open: bool) -> list[Tensor]:
-        w, _, _ = self._reverse
-        pairs = [(wi, vi) for wi, vi in zip(w, vector, strict=True) if wi.requires_grad]
+        w, _ = self._reverse
+        pairs = [(wi, vi) for wi, vi in zip(w, vector, strict=True) if wi is not None]
         if not pairs or not inputs:
             return [torch.zeros_like(tensor) for tensor in inputs]
         curved, v = zip(*pairs, strict=True)
@@ -279,9 +285,9 @@ def leaves_of(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
-def graph_nodes(tensors: Sequence[Tensor]) -> Iterator[Any]:
-    """Yield every node of the graphs of these tensors once."""
-    seen, waiting = set(), [tensor.grad_fn for tensor in tensors]
+def graph_nodes(beginnings: Sequence[Tensor | GradientEdge]) -> Iterator[Any]:
+    """Yield every node of the graphs that begin at these tensors or edges once."""
+    seen, waiting = set(), [begin.grad_fn if isinstance(begin, Tensor) else begin.node for begin in beginnings]
     while waiting:
         node = waiting.pop()
         if node is not None and node not in seen:
@@ -300,12 +306,12 @@ def _check_once_differentiable(outputs: Sequence[Tensor], gradients: Sequence[Te
 
 def saved_bytes(recording: Recording) -> int:
     """Bytes that the recorded graphs hold for their backward passes, each piece of memory counted once."""
-    ends = [*recording.outputs, *recording._reverse[0]]
+    ends = [*recording.outputs, *(edge for edge in recording._reverse[0] if edge is not None)]
     with recording.around():
         return _saved_bytes(recording, ends)
 
 
-def _saved_bytes(recording: Recording, ends: Sequence[Tensor]) -> int:
+def _saved_bytes(recording: Recording, ends: Sequence[Tensor | GradientEdge]) -> int:
     storages: dict[int, int] = {}
     nodes = list(graph_nodes(ends))
     for node in nodes:

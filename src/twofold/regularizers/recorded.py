@@ -92,7 +92,8 @@ class Recorded:
     def product(self, vector: Sequence[Tensor], matrix: Matrix) -> list[Tensor]:
         """Return H v, GN v or NME v, v over the chosen parameters; their mean over the ranks that perturb alike."""
         with self.autocast.off():
-            found = [product / self.scale for product in self.recording.products(vector, (matrix,))[0]]
+            ((_, product),) = self.recording.products(vector, (matrix,))
+            found = [part / self.scale for part in product]
         named = dict(zip(map(id, self.recording.parameters), found, strict=True))
         places = [named.get(id(parameter)) for parameter in self.parameters]
         averaged = self.mean(places)
