@@ -1,7 +1,7 @@
-"""Batch and layer norm whose double backward is a closed form.
+"""Batch norm whose double backward is a closed form.
 
-torch composes theirs from dozens of passes over tensors as large as the activations. With x^ = r (x - m) over groups of
-n entries (a channel of the batch, or a row) and the self-adjoint
+torch composes its own from dozens of passes over tensors as large as the activations. With x^ = r (x - m), means over
+the n entries of a channel, and the self-adjoint
 
     Pi t = t - mean(t) - x^ mean(x^ t)          (Pi t = t where m and r are running statistics)
 
@@ -18,7 +18,7 @@ Values, first derivatives and e come from torch's kernels.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -31,25 +31,9 @@ _aten = torch.ops.aten
 _Three: TypeAlias = Sequence[Tensor | None]
 
 
-class _Norm(Protocol):
-    """One call of a norm; it does not keep its value, which holds the graph that holds it."""
-
-    def value(self, x: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
-        """y; sets m and r."""
-        ...
-
-    def adjoint(self, g: Tensor, x: Tensor, w: Tensor | None, of: Sequence[bool]) -> tuple[_Three, list[Tensor]]:
-        """(gx, gw, gb), and what the derivatives take from here."""
-        ...
-
-    def derivatives(self, at: Sequence[Any], held: list[Tensor], along: _Three, of: Sequence[bool]) -> _Three:
-        """(dg, dx, dw) at (g, x, w), each where asked for; None is zero."""
-        ...
-
-
 class _Normalise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor | None, b: Tensor | None, norm: _Norm) -> Tensor:
+    def forward(ctx: Any, x: Tensor, w: Tensor | None, b: Tensor | None, norm: "_BatchNorm") -> Tensor:
         ctx.save_for_backward(x, w)
         ctx.norm = norm
         return norm.value(x, w, b)
@@ -62,7 +46,7 @@ class _Normalise(torch.autograd.Function):
 class _Adjoint(torch.autograd.Function):
     @staticmethod
     def forward(  # noqa: PLR0917
-        ctx: Any, g: Tensor, x: Tensor, w: Tensor | None, norm: _Norm, of: Sequence[bool]
+        ctx: Any, g: Tensor, x: Tensor, w: Tensor | None, norm: "_BatchNorm", of: Sequence[bool]
     ) -> tuple[Any, ...]:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(g, x, w)
@@ -79,10 +63,13 @@ class _Adjoint(torch.autograd.Function):
 
 
 class _BatchNorm:
+    """One call of a batch norm; it does not keep its value, which holds the graph that holds it."""
+
     def __init__(self, running: Sequence[Any], training: bool, momentum: float, eps: float) -> None:
         self._running, self._training, self._momentum, self._eps = running, training, momentum, eps
 
     def value(self, x: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
+        """y; sets m and r."""
         m, variance = self._running
         y, *self._saved = torch.native_batch_norm(x, w, b, m, variance, self._training, self._momentum, self._eps)
         self._m, self._r = self._saved if self._training else (m, (variance + self._eps).rsqrt())
@@ -96,10 +83,12 @@ class _BatchNorm:
         )
 
     def adjoint(self, g: Tensor, x: Tensor, w: Tensor | None, of: Sequence[bool]) -> tuple[_Three, list[Tensor]]:
+        """(gx, gw, gb), and what the derivatives need beside g, x and w."""
         gx, gw, gb = self._kernel(g, x, w, [of[0], True, True])
         return (gx, gw, gb), [gw / self._n, gb / self._n]
 
     def derivatives(self, at: Sequence[Any], held: list[Tensor], along: _Three, of: Sequence[bool]) -> _Three:
+        """(dg, dx, dw) at (g, x, w), each where asked for; None is zero."""
         # Everything is a sum of g, x, w e and 1, each times one factor for a channel.
         (g, x, w), (cx, cw, cb), (of_g, of_x, of_w) = at, along, of
         r, (mean_gx, mean_g) = self._r, held
@@ -144,56 +133,6 @@ def _channels(t: Tensor, like: Tensor) -> Tensor:
     return t.view([1, -1] + [1] * (like.dim() - 2))
 
 
-class _LayerNorm:
-    def __init__(self, shape: Sequence[int], eps: float) -> None:
-        self._shape, self._dims, self._eps = list(shape), list(range(-len(shape), 0)), eps
-
-    def value(self, x: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
-        y, self._m, self._r = torch.native_layer_norm(x, self._shape, w, b, self._eps)
-        return y
-
-    def _kernel(self, g: Tensor, x: Tensor, w: Tensor | None, of: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
-        """r Pi(w g), sum(g x^), sum(g)."""
-        b = x.new_empty(self._shape) if w is None else w  # only its form counts
-        return _aten.native_layer_norm_backward(g, x, self._shape, self._m, self._r, w, b, list(of))
-
-    def _normal(self, x: Tensor) -> Tensor:
-        return (x - self._m).mul_(self._r)
-
-    def _mean(self, t: Tensor) -> Tensor:
-        return t.mean(self._dims, keepdim=True)
-
-    def adjoint(self, g: Tensor, x: Tensor, w: Tensor | None, of: Sequence[bool]) -> tuple[_Three, list[Tensor]]:
-        gradients = self._kernel(g, x, w, of)
-        if not of[0]:
-            return gradients, []
-        normal = self._normal(x)
-        mean_gx = self._mean(g * normal if w is None else (g * normal).mul_(w))
-        return gradients, [gradients[0].detach(), mean_gx]
-
-    def derivatives(self, at: Sequence[Any], held: list[Tensor], along: _Three, of: Sequence[bool]) -> _Three:
-        (g, x, w), (cx, cw, cb), (of_g, of_x, of_w) = at, along, of
-        dg, dx, dw = None, None, None
-        if of_x and cw is not None:
-            dx = self._kernel(g, x, cw, [True, False, False])[0]
-        if cx is not None:
-            gx, mean_gx = held
-            e = self._kernel(cx, x, None, [True, False, False])[0]
-            if of_x:
-                normal = self._normal(x)
-                curved = (e * mean_gx).addcmul_(gx, self._mean(cx * normal)).addcmul_(normal, self._mean(cx * gx))
-                curved.mul_(self._r)
-                dx = curved.neg_() if dx is None else dx.sub_(curved)
-            dw = (g * e).sum_to_size(self._shape) if of_w else None
-            dg = e if w is None else e.mul_(w)
-        if of_g and cw is not None:
-            by_w = self._normal(x).mul_(cw)
-            dg = by_w if dg is None else dg.add_(by_w)
-        if of_g and cb is not None:
-            dg = cb.expand_as(g) if dg is None else dg.add_(cb)
-        return dg if of_g else None, dx, dw
-
-
 def _batch_norm(  # noqa: PLR0917
     input: Tensor,
     running_mean: Tensor | None,
@@ -210,16 +149,5 @@ def _batch_norm(  # noqa: PLR0917
     return _Normalise.apply(input, weight, bias, norm)  # pyrefly: ignore
 
 
-def _layer_norm(
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Tensor:
-    norm = _LayerNorm(normalized_shape, eps)
-    return _Normalise.apply(input, weight, bias, norm)  # pyrefly: ignore
-
-
-NORMS: dict[Callable[..., Any], Callable[..., Tensor]] = {F.batch_norm: _batch_norm, F.layer_norm: _layer_norm}
-"""torch's norms, and what to call in their place."""
+NORMS: dict[Callable[..., Any], Callable[..., Tensor]] = {F.batch_norm: _batch_norm}
+"""torch's norms whose double backward costs, and what to call in their place."""
