@@ -11,7 +11,8 @@ from twofold.lab.figures.tracking import tracking_figure
 def recipe(scale: Scale, data: str) -> RunConfig:
     """The scale's data and length on the transformer with its own optimiser."""
     found, own = scale.recipe(data), transformer()
-    return replace(found, model=own.model, optimizer=own.optimizer, warmup_epochs=own.warmup_epochs)
+    warmup_epochs = min(own.warmup_epochs, found.epochs)
+    return replace(found, model=own.model, optimizer=own.optimizer, warmup_epochs=warmup_epochs)
 
 
 FIGURE = tracking_figure(
