@@ -12,6 +12,7 @@ import twofold
 from twofold import cli
 from twofold.lab import config as lab_config
 from twofold.lab import sweep as lab_sweep
+from twofold.lab.figures import figure_transformer
 from twofold.lab.figures.scales import SCALES
 
 ROOT = Path(__file__).parent.parent
@@ -31,6 +32,7 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("TWOFOLD_DATA", raising=False)
     monkeypatch.setattr(lab_config, "mnist1d", lambda: TINY)
+    monkeypatch.setattr(figure_transformer, "transformer", lambda: TINY)  # the real one starts from mnist1d
     monkeypatch.setitem(SCALES, "smoke", replace(SCALES["smoke"], recipes={"mnist1d": lambda: TINY}, seeds=(100,)))
 
 
