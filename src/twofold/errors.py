@@ -59,6 +59,10 @@ NOT_FINITE = """\
 The {what} is not finite ({came}) at the present parameters{where}.
 Curvature is not defined there. Look for diverged parameters, NaN in the data, or log(0) in the loss."""
 
+SAMPLE_NOT_FINITE = """\
+A random sample is not finite ({came}): a product, or its square, holds NaN or leaves the range of float64.
+Look for diverged parameters or NaN in the data, measure in float64, or scale the loss down."""
+
 NO_DOUBLE_BACKWARD = """\
 {operation} cannot be differentiated twice in this version of torch, so no curvature can be computed through it.
 {remedy}

@@ -43,6 +43,22 @@ def lstm(a, b):
     return torch.cat(torch.lstm(x, states, weights, True, 1, 0.0, True, False, False), 0)
 
 
+def packed_gru(a, b):
+    """Two layers in both directions over two sequences, of 2 steps and 1."""
+    layer = [a.repeat(2, 1), b.repeat(2, 1)[:, :2], b.flatten()[:6], a.flatten()[:6]]
+    both = [*layer, *(weights.flip(0) for weights in layer)]
+    states = b[:2, :2].sin().expand(4, 2, 2)
+    return torch.cat(torch.gru(a * b, torch.tensor([2, 1]), states, both + both, True, 2, 0.0, True, True)[1].unbind())
+
+
+def packed_lstm(a, b):
+    """Two sequences, of 2 steps and 1."""
+    weights = [a.repeat(3, 1)[:8], b.repeat(3, 1)[:8, :2], a.flatten()[:8], b.flatten()[:8]]
+    states = (b[:2, :2].sin().unsqueeze(0), a[:2, :2].unsqueeze(0))
+    output, *last = torch.lstm(a * b, torch.tensor([2, 1]), states, weights, True, 1, 0.0, True, False)
+    return torch.cat([output, *(state[0] for state in last)])
+
+
 def batch_norm(training):
     def norm(a, b):
         return F.batch_norm(a, torch.ones(4), torch.full((4,), 2.0), b[0], b[1], training)
@@ -131,6 +147,8 @@ OPERATIONS = {
     "glu": lambda a, b: F.glu(a * b, 1),
     "prelu": lambda a, b: F.prelu(a * b, b[0]) + torch.prelu(a, b[0, :1]),
     "lstm": lstm,
+    "packed gru": packed_gru,
+    "packed lstm": packed_lstm,
     "gru_cell": lambda a, b: torch.gru_cell(a, b[:, :1], b.flatten().view(3, 4), b[:, :1], a[:, 0], a[:, 1]),
     "rnn_cell": lambda a, b: torch.rnn_tanh_cell(a, b[:, :1], b[:1], b[:1, :1], a[0, :1]),
     "in place": in_place,

@@ -8,8 +8,9 @@ from scipy.sparse.linalg import aslinearoperator
 
 import twofold
 from models import CASES
-from twofold import TwofoldError, TwofoldWarning
-from twofold.curvature.probes import signs
+from twofold import NotFiniteError, TwofoldError, TwofoldWarning
+from twofold.curvature.probes import cosine_of, signs
+from twofold.curvature.sampling import gram_of
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -297,3 +298,28 @@ def test_signs_are_fair_and_independent():
     assert abs(drawn.sum().item()) < 4 * n**0.5
     for lag in (1, 2, 4, 8, 16, 64):  # within a drawn word and from word to word
         assert abs((drawn[lag:] * drawn[:-lag]).sum().item()) < 4 * n**0.5
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("entry", [math.nan, math.inf, 1e200], ids=str)
+def test_samples_out_of_range_are_refused(estimator, entry):
+    A = torch.diag(torch.tensor([1.0, entry]))
+    if estimator is twofold.trace and entry == 1e200:
+        assert estimator(A, num_matvecs=2).value == pytest.approx(1e200)
+        return
+    with pytest.raises(NotFiniteError, match="not finite"):
+        estimator(A, num_matvecs=2)
+
+
+def test_inner_products_of_half_precision_neither_vanish_nor_overflow():
+    vectors = [torch.tensor([2.0**-14, 2.0**-15]).half(), torch.tensor([2.0**12, 2.0**13]).half()]
+    torch.testing.assert_close(gram_of(vectors), torch.tensor([[1.25 * 2.0**-28, 0.5], [0.5, 5 * 2.0**24]]))
+
+
+def test_cosines_do_not_depend_on_scale():
+    samples = [1.0, 2.0, 1.5], [4.0, 5.0, 6.0], [1.0, 2.0, 3.0]
+    cosine = cosine_of(*samples)
+    for scale in (1e-180, 1e180):
+        scaled = cosine_of(*([scale * value for value in one] for one in samples))
+        assert scaled.value == pytest.approx(cosine.value)
+        assert scaled.stderr == pytest.approx(cosine.stderr)

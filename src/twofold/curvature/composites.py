@@ -113,8 +113,21 @@ def _rnn_cell(phi: Callable[[Tensor], Tensor]) -> Callable[..., list[Tensor]]:
 
 
 def _recurrent(cell: Callable[..., list[Tensor]]) -> Callable[..., tuple[Tensor, ...]]:
-    def run(  # noqa: PLR0917
-        input: Tensor,
+    """A recurrent kernel in its steps: (input, hx, ..., batch_first) or, packed, (input, batch_sizes, hx, ...)."""
+
+    def run(input: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        if isinstance(args[0], Tensor) and not args[0].is_floating_point():
+            batch_sizes, hx, *options = args
+            rows = batch_sizes.tolist()
+            return steps(input, hx, *options, apart=lambda x: x.split(rows), together=torch.cat)
+        hx, *options, batch_first = args
+        x, *last = steps(
+            input.transpose(0, 1) if batch_first else input, hx, *options, apart=torch.unbind, together=torch.stack
+        )
+        return x.transpose(0, 1) if batch_first else x, *last
+
+    def steps(  # noqa: PLR0917 - as torch's kernels have them
+        x: Tensor,
         hx: Tensor | Sequence[Tensor],
         params: Sequence[Tensor],
         has_biases: bool,
@@ -122,12 +135,13 @@ def _recurrent(cell: Callable[..., list[Tensor]]) -> Callable[..., tuple[Tensor,
         dropout: float,
         train: bool,
         bidirectional: bool,
-        batch_first: bool,
+        *,
+        apart: Callable[[Tensor], Sequence[Tensor]],
+        together: Callable[[list[Tensor]], Tensor],
     ) -> tuple[Tensor, ...]:
         initial = [hx] if isinstance(hx, Tensor) else list(hx)
         directions = 2 if bidirectional else 1
         each = (4 if has_biases else 2) + (len(initial) == 2 and initial[0].shape[-1] != initial[1].shape[-1])
-        x = input.transpose(0, 1) if batch_first else input
         last: list[list[Tensor]] = [[] for _ in initial]
         for layer in range(num_layers):
             outputs = []
@@ -136,20 +150,25 @@ def _recurrent(cell: Callable[..., list[Tensor]]) -> Callable[..., tuple[Tensor,
                 w_x, w_h, *rest = params[index * each : (index + 1) * each]
                 b_x, b_h = rest[:2] if has_biases else (None, None)
                 project = rest[-1] if len(rest) % 2 else None
-                gates, state = F.linear(x, w_x, b_x).unbind(0), [s[index] for s in initial]
-                steps = []
+                gates, state = apart(F.linear(x, w_x, b_x)), [s[index] for s in initial]
+                found = []
                 for gate in reversed(gates) if direction else gates:
-                    state = cell(gate, state, lambda h, w=w_h, b=b_h: F.linear(h, w, b))
+                    running = len(gate)  # of a packed batch: the longest sequences come first
+                    moved = cell(gate, [s[:running] for s in state], lambda h, w=w_h, b=b_h: F.linear(h, w, b))
                     if project is not None:
-                        state[0] = F.linear(state[0], project)
-                    steps.append(state[0])
-                outputs.append(torch.stack(steps[::-1] if direction else steps))
+                        moved[0] = F.linear(moved[0], project)
+                    found.append(moved[0])
+                    state = [
+                        m if running == len(s) else torch.cat([m, s[running:]])
+                        for m, s in zip(moved, state, strict=True)
+                    ]
+                outputs.append(together(found[::-1] if direction else found))
                 for known, s in zip(last, state, strict=True):
                     known.append(s)
             x = outputs[0] if directions == 1 else torch.cat(outputs, -1)
             if dropout and train and layer < num_layers - 1:
                 x = torch.dropout(x, dropout, True)
-        return x.transpose(0, 1) if batch_first else x, *(torch.stack(states) for states in last)
+        return x, *(torch.stack(states) for states in last)
 
     return run
 
@@ -188,7 +207,7 @@ COMPOSITES: dict[Callable, Callable] = {
     torch.rnn_tanh_cell: _one_step(_rnn_cell(torch.tanh)),
     torch.rnn_relu_cell: _one_step(_rnn_cell(torch.relu)),
 }
-"""torch's kernels, and the same in pieces. Recurrent ones take sequences of one length, not packed ones."""
+"""torch's kernels, and the same in pieces."""
 
 
 def warn_of_fused(func: Callable, warned: set[str]) -> None:

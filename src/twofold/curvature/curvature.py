@@ -337,7 +337,7 @@ class Curvature:
             for block in partition.members:
                 rows = self._products.matmat(partition.restricted(probe, block).unsqueeze(0), chosen)
                 for part, row in zip(chosen, rows, strict=True):
-                    tables[part].append(partition.sums(row[0].square()))
+                    tables[part].append(partition.sums(row[0].double().square()))
             for part, columns in tables.items():
                 table = torch.stack(columns)
                 squares[part].append((table + table.T) / 2)

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int8
 from torch import Tensor
 
 from twofold.distributed import same_generator
-from twofold.errors import TwofoldError, TwofoldWarning
+from twofold.errors import SAMPLE_NOT_FINITE, NotFiniteError, TwofoldError, TwofoldWarning
 from twofold.types import Estimate
 
 FEWEST = 10
@@ -52,7 +52,14 @@ def rademacher(operator: Any, num_probes: int, generator: torch.Generator | None
 
 
 def summarise(samples: Sequence[float]) -> Estimate:
-    """Mean and standard error of independent samples, one a product."""
+    """Mean and standard error of independent samples, one a product.
+
+    Raises:
+        NotFiniteError: a sample is NaN or infinite.
+    """
+    bad = next((sample for sample in samples if not math.isfinite(sample)), None)
+    if bad is not None:
+        raise NotFiniteError(SAMPLE_NOT_FINITE.format(came=bad))
     stderr = stdev(samples) / math.sqrt(len(samples)) if len(samples) > 1 else math.nan
     return Estimate(fmean(samples), stderr, len(samples))
 
@@ -95,8 +102,7 @@ def cosine_of(dots: Sequence[float], first: Sequence[float], second: Sequence[fl
     a, b, c = fmean(dots), fmean(first), fmean(second)
     if b == 0 or c == 0:
         return Estimate(math.nan, math.nan, len(dots))
-    cosine = a / math.sqrt(b * c)
-    influence = [
-        x / math.sqrt(b * c) - cosine / 2 * (y / b + z / c) for x, y, z in zip(dots, first, second, strict=True)
-    ]
+    size = math.sqrt(b) * math.sqrt(c)  # b c may leave the range of float64
+    cosine = a / size
+    influence = [x / size - cosine / 2 * (y / b + z / c) for x, y, z in zip(dots, first, second, strict=True)]
     return Estimate(cosine, summarise(influence).stderr, len(dots))

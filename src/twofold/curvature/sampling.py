@@ -97,10 +97,14 @@ class Samples:
 
 
 def gram_of(vectors: Sequence[Tensor]) -> Float[Tensor, "K K"]:
-    """All inner products of some vectors, summed in float64 a piece at a time: no copies of them are made."""
+    """All inner products of some vectors, in float64 a piece at a time: no whole copies of them are made.
+
+    The factors are widened, not their products, which leave the range of float16, or of float32, much sooner.
+    """
     gram = torch.zeros(len(vectors), len(vectors), dtype=torch.float64, device=vectors[0].device)
     for pieces in zip(*(vector.split(_PIECE) for vector in vectors), strict=True):
-        for i, a in enumerate(pieces):
-            for j, b in enumerate(pieces[: i + 1]):
-                gram[i, j] += (a * b).sum(dtype=torch.float64)
+        rows = [piece.double() for piece in pieces]
+        for i, a in enumerate(rows):
+            for j, b in enumerate(rows[: i + 1]):
+                gram[i, j] += torch.dot(a, b)
     return (gram + gram.tril(-1).T).cpu()
