@@ -209,10 +209,11 @@ class _CurvatureOperator(SymmetricOperator):
         memory: int | None = None,
         weight: Weight | None = None,
         microbatches: int = 1,
+        compile: bool = False,
         group: ProcessGroup = None,
     ) -> None:
         options: dict[str, Any] = {"params": params, "forward": forward, "mode": mode, "memory": memory}
-        options |= {"weight": weight, "microbatches": microbatches, "group": group}
+        options |= {"weight": weight, "microbatches": microbatches, "compile": compile, "group": group}
         self._attach(Products(model, loss_fn, data, **options))
 
     @classmethod

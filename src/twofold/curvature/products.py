@@ -69,6 +69,7 @@ class Products:
         memory: int | None = None,
         weight: Weight | None = None,
         microbatches: int = 1,
+        compile: bool = False,
         group: ProcessGroup = None,
     ) -> None:
         check_group(group)
@@ -79,7 +80,8 @@ class Products:
             self.model = unwrap(model)
             self.loss: Loss = as_loss(loss_fn, weight)
             chosen = select_parameters(self.model, params)
-            how: dict[str, Any] = {"forward": forward, "mode": mode, "memory": memory, "microbatches": microbatches}
+            how: dict[str, Any] = {"forward": forward, "mode": mode, "memory": memory}
+            how |= {"microbatches": microbatches, "compile": compile}
             self.recordings = Recordings(self.model, self.loss, chosen, data, **how)
             self.layout = self.recordings.layout
             self.watch: Callable[[int], None] | None = None
@@ -125,7 +127,8 @@ class Products:
         # H alone takes one pass through an open gate; otherwise a matrix is the sum of its terms.
         terms: Sequence[Matrix] = ("hessian",) if set(parts) == {"hessian"} else _terms(parts)
         if ACTIVATIONS.isdisjoint(parts):
-            found = self.averaged(rows, (), lambda recording, v: recording.products(v, terms), terms)
+            recordings = self.recordings.for_products(terms, self.layout.unflatten(rows[0])) if len(rows) else None
+            found = self.averaged(rows, (), lambda recording, v: recording.products(v, terms), terms, recordings)
         else:
             found = self.dissected(rows, ("activation",), lambda _: "activation_nme", terms.__contains__)
             for term in terms:  # a model without activations
@@ -273,6 +276,7 @@ class Products:
         kinds: Sequence[str],
         products: Callable[[Any, list[Tensor]], Iterable[tuple[Any, list[Tensor]]]],
         names: Sequence[Any] | None = None,
+        recordings: Iterator[Any] | None = None,
     ) -> dict[Any, Float[Tensor, "K P"]]:
         """Average named products(recording, v) over the batches, for each of K vectors.
 
@@ -281,11 +285,12 @@ class Products:
             kinds: which kinds of operation the recordings tell apart.
             products: takes a recording and v, one tensor per parameter, and yields pairs (name, a vector like v).
             names: the names that it gives, where they do not depend on the batch.
+            recordings: what stands in the place of the recordings.
         """
         averages: dict[Any, Tensor] = {}
         with together(self.group):
             total, first = 0.0, True
-            for recording, total in self._counted(self.recordings(kinds)):
+            for recording, total in self._counted(recordings or self.recordings(kinds)):
                 for k, row in enumerate(rows):
                     found = set()
                     for name, product in products(recording, self.layout.unflatten(row)):

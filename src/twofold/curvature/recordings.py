@@ -6,17 +6,21 @@ that change between passes are refused by name.
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
 
 from twofold.batches import as_batches, describe, run_forward, split, tensors_in, to_device
+from twofold.curvature.compiled import Compiled, NotCompiledError, Program, agree_within_rounding, shapes
 from twofold.curvature.determinism import Event, alike, checksum, culprit, same_value, watched
 from twofold.curvature.differentiable import Frugal, RandomState, borrowed, composed_kernels, differentiable_twice
 from twofold.curvature.dissection import Dissection, Held
@@ -34,9 +38,10 @@ from twofold.errors import (
     SPLITTING_MIXES,
     NotFiniteError,
     TwofoldError,
+    TwofoldWarning,
 )
 from twofold.parameters import ParameterLayout
-from twofold.types import Forward, Mode
+from twofold.types import Forward, Matrix, Mode
 
 DEFAULT_MEMORY = 2**30
 
@@ -59,6 +64,7 @@ class Recordings:
         mode: "train", "eval", or None for the model as it is. Dropout masks are fixed for each batch now.
         memory: bytes for kept recordings of several (1 GiB when None); a single one is always kept.
         microbatches: how many pieces a batch is run in, at most.
+        compile: run products as compiled programs, for batches of the first one's shapes, where that can be done.
 
     Attributes:
         parameters: the chosen parameters by name, those that the model has at present.
@@ -80,6 +86,7 @@ class Recordings:
         mode: Mode,
         memory: int | None,
         microbatches: int,
+        compile: bool,
     ) -> None:
         if mode not in (None, "train", "eval"):
             raise TwofoldError(f'mode must be "train", "eval" or None; {mode!r} came.')
@@ -87,6 +94,10 @@ class Recordings:
             raise TwofoldError(f"memory is a number of bytes, 0 or more; {memory!r} came.")
         if isinstance(microbatches, bool) or not isinstance(microbatches, int) or microbatches < 1:
             raise TwofoldError(f"microbatches must be a positive integer; {microbatches!r} came.")
+        if not isinstance(compile, bool):
+            raise TwofoldError(f"compile must be True or False; {compile!r} came.")
+        self.compile = compile
+        self._programs: dict[tuple[Matrix, ...], Program] = {}
         self.parameters = dict(parameters)
         self.layout = ParameterLayout(parameters, model)
         self.num_batches = 0
@@ -144,6 +155,53 @@ class Recordings:
             del recording
         if self._num_pieces != 1 and self._bytes_each > self._memory:
             self.kept.clear()
+
+    def for_products(self, terms: Sequence[Matrix], vector: Sequence[Tensor]) -> Iterator[Any]:
+        """Yield what gives products of each batch: recordings, or with `compile` programs, first asked for `vector`."""
+        if self.compile:
+            self.refresh()
+        if not self.compile:
+            yield from self()
+            return
+        for piece in self._pieces():
+            index, place, batch = piece
+            program = self._programs.get(tuple(terms)) or self._compiled(piece, vector, terms)
+            if not self.compile or program is None or shapes(batch) != program.shapes:
+                yield self._record(index, place, batch, ())
+                continue
+            if len(self._random_states) == index + 1:  # a program draws nothing
+                self._random_states.append(self._random_states[index])
+            here = to_device(batch, self.layout.device)
+            check = partial(self._check_loss, index, place, batch)
+            yield Compiled(index, partial(program, here), self._loss, check).begin(vector)
+
+    def _compiled(self, piece: Piece, vector: Sequence[Tensor], terms: Sequence[Matrix]) -> Program | None:
+        """Make the program of this batch's shapes; where that fails, say why and compile no more."""
+        index, place, batch = piece
+        uncounted = copy.copy(self._loss)
+        vars(uncounted)["count"] = lambda outputs, targets: 1.0  # it is a number, and may depend on values
+
+        def record(batch: Any) -> tuple[Recording, Any]:
+            return self._recorded(index, batch, (), uncounted)
+
+        try:
+            if self._draws(index, batch):
+                raise NotCompiledError("the forward pass draws random numbers")
+            program = Program(record, to_device(batch, self.layout.device), vector, terms)
+            found = program(to_device(batch, self.layout.device), vector)[3]
+            if not agree_within_rounding(found, self._record(index, place, batch, ()).products(vector, terms)):
+                raise NotCompiledError("the compiled program gives other numbers")
+        except (NotCompiledError, BackendCompilerFailed) as error:
+            warnings.warn(f"compile=True does not work here, passes are recorded instead: {error}.", TwofoldWarning)
+            self.compile = False
+            return None
+        self._programs[tuple(terms)] = program
+        return program
+
+    def _draws(self, index: int, batch: Any) -> bool:
+        """Whether the forward pass draws random numbers."""
+        self._run(index, batch)
+        return self._random_states[index] is not self._random_states[index + 1]
 
     def at(self, step: Float[Tensor, "P"]) -> Iterator[Recording]:
         """Yield recordings at theta + step, none of them kept."""
@@ -229,6 +287,7 @@ class Recordings:
             return
         self.kept.clear()
         self._at_outputs.clear()
+        self._programs.clear()
         self._losses_were.clear()
         self._snapshot = self.not_carried = None
         self.parameters = self.layout.find(dict(self._model.named_parameters()))
@@ -262,6 +321,15 @@ class Recordings:
     def _record(
         self, index: int, place: str, batch: Any, kinds: Sequence[str], at: Mapping[str, Tensor] | None = None
     ) -> Recording:
+        recording, _ = self._recorded(index, batch, kinds, self._loss, at)
+        if at is None:
+            self._check_loss(index, place, batch, recording.value, recording.count)
+        return recording
+
+    def _recorded(
+        self, index: int, batch: Any, kinds: Sequence[str], loss: Loss, at: Mapping[str, Tensor] | None = None
+    ) -> tuple[Recording, Any]:
+        """The recording and the targets."""
         held = Held()
         with borrowed(self._model, self.parameters, self._mode, at) as aliases:
             with ExitStack() as stack:
@@ -273,12 +341,10 @@ class Recordings:
                 outputs, targets = self._forwarded(index, batch)
             check_reached(outputs, self.parameters)
             around = self._recomputing(aliases) if repairs.checkpointed else nullcontext
-            recorded = (outputs, targets, self._loss, aliases, around)
+            recorded = (outputs, targets, loss, aliases, around)
             recording = Dissection(held, *recorded) if kinds else Recording(*recorded)
             recording.index = index
-        if at is None:
-            self._check_loss(index, place, batch, recording.value, recording.count)
-        return recording
+        return recording, targets
 
     def _forwarded(self, index: int, batch: Any) -> tuple[Any, Any]:
         """Run the model with the random draws that belong to this batch; for use inside `borrowed`."""
@@ -365,7 +431,7 @@ class Recordings:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without recordings, which cannot be copied; a copy makes its own."""
-        return self.__dict__ | {"kept": {}, "_at_outputs": {}, "_snapshot": None, "_losses_were": {}}
+        return self.__dict__ | {"kept": {}, "_programs": {}, "_at_outputs": {}, "_snapshot": None, "_losses_were": {}}
 
 
 def _replayed(batches: Iterable[Any], state: RandomState, own: Tensor | None) -> Iterator[Any]:
