@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
+import compiled
 import curvature
 import memory
 import oracles
@@ -24,6 +25,11 @@ def peaks() -> Iterator[Table]:
     yield memory.table(list(MODELS))
 
 
+def programs() -> Iterator[Table]:
+    """Of compiled products."""
+    yield compiled.table(list(MODELS))
+
+
 def training() -> Iterator[Table]:
     """Of training steps."""
     yield steps.table(list(steps.MODES))
@@ -36,7 +42,13 @@ def exact() -> Iterator[Table]:
     yield spectra.spectra()
 
 
-PARTS: dict[str, Callable[[], Iterator[Table]]] = {"exact": exact, "costs": costs, "peaks": peaks, "training": training}
+PARTS: dict[str, Callable[[], Iterator[Table]]] = {
+    "exact": exact,
+    "costs": costs,
+    "peaks": peaks,
+    "programs": programs,
+    "training": training,
+}
 
 if __name__ == "__main__":
     for part in sys.argv[1:] or PARTS:
