@@ -68,6 +68,10 @@ NO_DOUBLE_BACKWARD = """\
 {remedy}
 The original error was: {error}"""
 
+HALF_PRECISION = """\
+{what}: differences between losses or gradients at neighbouring weights are lost in half precision, here {dtype}.
+{remedy}"""
+
 FSDP = """\
 {came} is sharded (FSDP or tensor parallel): its parameters are not whole on any rank, and no Hessian-vector product
 can be taken through it. Measure an unsharded copy: build the model without sharding and load a full state dict into it,

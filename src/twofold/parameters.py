@@ -235,6 +235,11 @@ def _in_precision(vector: Tensor, name: str, dtype: torch.dtype, device: torch.d
     return vector.detach().to(device, dtype)
 
 
+def half_precision_among(tensors: Iterable[Tensor]) -> torch.dtype | None:
+    """The dtype of the first tensor in half precision, None if there is none."""
+    return next((tensor.dtype for tensor in tensors if tensor.dtype in (torch.float16, torch.bfloat16)), None)
+
+
 def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Float[Tensor, ""]:
     """Inner product of two lists of tensors, summed in float32 or better."""
     return torch.stack([_sum_of_products(a, b) for a, b in zip(left, right, strict=True)]).sum()

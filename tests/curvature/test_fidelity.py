@@ -197,3 +197,10 @@ def test_a_rho_that_makes_no_sense_is_refused(rho):
 def test_a_curvature_that_is_not_known_is_refused(curvatures):
     with pytest.raises(TwofoldError, match="curvatures"):
         fidelity(mlp(4, 3), F.cross_entropy, (torch.randn(2, 4), torch.randint(3, (2,))), 0.1, curvatures=curvatures)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_is_refused(dtype):
+    batch = (torch.randn(8, 4, dtype=dtype), torch.arange(8) % 3)
+    with pytest.raises(TwofoldError, match=r"fidelity cannot be measured.*half precision"):
+        fidelity(mlp(4, 6, 3).to(dtype), F.cross_entropy, batch, 0.1)

@@ -1,5 +1,6 @@
 """sharpness: exact on quadratic losses, invariant where it must be, and read-only."""
 
+import copy
 import itertools
 import json
 import math
@@ -270,3 +271,34 @@ def test_float32_is_enough_for_plain_models():
     found = twofold.sharpness(case.model, case.loss_fn, case.batches)
     assert found.lambda_max["hessian"].converged
     assert issubclass(TwofoldWarning, UserWarning)
+
+
+HALVES = [torch.float16, torch.bfloat16]
+
+
+class Narrow(nn.Linear):
+    """Parameters in full precision, outputs in half."""
+
+    def forward(self, x):
+        return super().forward(x).bfloat16()
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("measure", MEASURES)
+def test_half_precision_is_refused_for_differences_and_kept_in_products(measure, dtype):
+    model, x, y = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)), torch.randn(16, 4), torch.arange(16) % 3
+    half, options = copy.deepcopy(model).to(dtype), {"measures": measure, "num_matvecs": 4}
+    if measure not in ("lambda_max", "traces", "adaptive_traces"):
+        with pytest.raises(TwofoldError, match=rf"{measure} cannot be measured .*half precision, here {dtype}"):
+            twofold.sharpness(half, F.cross_entropy, (x.to(dtype), y), **options)
+        return
+    found = twofold.sharpness(half, F.cross_entropy, (x.to(dtype), y), **options).to_dict()[measure]
+    exact = twofold.sharpness(half.double(), F.cross_entropy, (x.to(dtype).double(), y), **options).to_dict()[measure]
+    scale = max(abs(of["value"]) for of in exact.values())
+    for matrix, of in exact.items():
+        assert found[matrix]["value"] == pytest.approx(of["value"], abs=10 * torch.finfo(dtype).eps * scale)
+
+
+def test_half_precision_of_the_outputs_alone_is_refused():
+    with pytest.raises(TwofoldError, match="half precision"):
+        twofold.sharpness(Narrow(4, 3), F.cross_entropy, (torch.randn(8, 4), torch.arange(8) % 3), measures="keskar")

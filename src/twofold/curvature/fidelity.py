@@ -118,7 +118,8 @@ def fidelity(
         group: a process group whose ranks each have a shard of the data; see `Curvature`.
 
     Raises:
-        TwofoldError: a rho that is not a positive number, an unknown curvature, or what `Curvature` refuses.
+        TwofoldError: a rho that is not a positive number, an unknown curvature, a model in half precision, or what
+            `Curvature` refuses.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -138,6 +139,7 @@ def fidelity(
     chosen = _curvatures(curvatures)
     options: dict[str, Any] = {"params": params, "forward": forward, "mode": mode, "memory": memory, "weight": weight}
     products = Products(model, loss_fn, data, microbatches=microbatches, group=group, **options)
+    products.check_resolved("fidelity cannot be measured")
     _, gradient = products.loss_and_gradient()
     size = torch.linalg.vector_norm(gradient).item()
     unit = gradient / size if size > 0 else gradient

@@ -19,8 +19,8 @@ from twofold.curvature.recording import Recording
 from twofold.curvature.recordings import Recordings
 from twofold.curvature.torch_losses import as_loss
 from twofold.distributed import agree, check_group, gathered, summed, together, world_size
-from twofold.errors import RANKS_DIFFER, TwofoldError
-from twofold.parameters import select_parameters
+from twofold.errors import HALF_PRECISION, RANKS_DIFFER, TwofoldError
+from twofold.parameters import half_precision_among, select_parameters
 from twofold.types import Forward, LossFn, Matrix, Mode, Params, ProcessGroup, Weight
 
 T = TypeVar("T")
@@ -29,6 +29,7 @@ ACTIVATIONS = frozenset(SUMS["nme"])
 
 _DRIFT = 1e-2
 """By how much vectors may differ between ranks: by what rounding grows to in a long iteration, and no more."""
+_WIDER = "Measure a copy in float32, copy.deepcopy(model).float(), with inputs in float32."
 _SAME = {
     "vectors": "Seed their generator alike, or let the first rank broadcast its own.",
     "parameters": "Broadcast the first rank's, or load the same checkpoint on all ranks.",
@@ -336,6 +337,20 @@ class Products:
                 del recording
             share = self._share(total, [] if step is None else [step])
             return summed(value.mul_(share), self.group).item(), summed(gradient.mul_(share), self.group)
+
+    @full_precision()
+    def check_resolved(self, what: str) -> None:
+        """Refuse half precision, of the chosen parameters or of the outputs, for what compares theta with theta + step.
+
+        Args:
+            what: cannot be done then, for the message.
+        """
+        with together(self.group):
+            first = next(iter(self.recordings()))
+            dtype = half_precision_among([*self.parameters.values(), *first.outputs, first.value])
+            if dtype is not None:
+                raise TwofoldError(HALF_PRECISION.format(what=what, dtype=dtype, remedy=_WIDER))
+            agree(self.group)
 
     @full_precision()
     def loss_at(self, step: Float[Tensor, "P"]) -> float:

@@ -32,6 +32,7 @@ Measure: TypeAlias = Literal[
 
 _HALVES: tuple[Matrix, ...] = ("hessian", "gauss_newton", "nme")
 _SYMBOLS = {"hessian": "H", "gauss_newton": "GN", "nme": "NME"}
+_OF_PRODUCTS = ("lambda_max", "traces", "adaptive_traces")
 _TOL = 1e-3
 
 
@@ -138,7 +139,8 @@ def sharpness(
     left as it was. Worst cases are lower bounds, found by projected gradient ascent that starts with SAM's step, or
     along the eigenvector of lambda_max where that was asked for and leads higher. Averages take antithetic pairs,
     (L(theta + e) + L(theta - e)) / 2, so that the gradient adds no noise to them. Differences of losses below 1e-6 of
-    the loss are rounding in float32: measure those in float64.
+    the loss are rounding in float32: measure those in float64. In half precision all of them are: what is taken from
+    differences is refused there, and the rest is known to that precision.
 
     Args:
         model: any module; compiled and DDP wrappers are looked through.
@@ -165,7 +167,8 @@ def sharpness(
         generator: source of probes and noise; None takes private ones with a fixed seed.
 
     Raises:
-        TwofoldError: an unknown measure, an argument out of range, or what `Curvature` refuses.
+        TwofoldError: an unknown measure, an argument out of range, a difference of losses in half precision, or what
+            `Curvature` refuses.
 
     Warns:
         TwofoldWarning: lambda_max did not converge to a residual of 1e-3 of itself; its residual still holds.
@@ -192,6 +195,9 @@ def sharpness(
         check_count(count, name)
     how: dict[str, Any] = {"params": params, "forward": forward, "mode": mode, "memory": memory, "weight": weight}
     products = Products(model, loss_fn, data, microbatches=microbatches, group=group, **how)
+    differences = [name for name in wanted if name not in _OF_PRODUCTS]
+    if differences:
+        products.check_resolved(f"{', '.join(differences)} cannot be measured ({', '.join(_OF_PRODUCTS)} can)")
     hessian = Hessian.of(products)
     loss, gradient = products.loss_and_gradient()
     size = products.layout.flatten(products.present_parameters().values()).abs()

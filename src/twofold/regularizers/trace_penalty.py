@@ -11,8 +11,8 @@ from torch import Tensor
 
 from twofold.curvature.jet_rules import NotCarriedError
 from twofold.curvature.probes import signs
-from twofold.errors import TwofoldError
-from twofold.parameters import dot, norm
+from twofold.errors import HALF_PRECISION, TwofoldError
+from twofold.parameters import dot, half_precision_among, norm
 from twofold.regularizers.base import Direction, Regularizer, check_choice, check_count, check_strength, plain
 from twofold.regularizers.gradients import Gradients, add_scaled, unscaled
 from twofold.regularizers.passes import Passes
@@ -255,12 +255,11 @@ def _second_difference(up: Tensor | None, here: Tensor | None, down: Tensor | No
 
 
 def _refuse_half_precision(weights: Sequence[Tensor]) -> None:
-    halves = (torch.bfloat16, torch.float16)
-    if any(torch.is_autocast_enabled(weight.device.type) or weight.dtype in halves for weight in weights):
-        raise TwofoldError(
-            "method='difference' takes a second difference of gradients, which half precision cannot resolve. Use "
-            "method='exact', or call it outside of autocast."
-        )
+    autocast = any(torch.is_autocast_enabled(weight.device.type) for weight in weights)
+    dtype = "autocast" if autocast else half_precision_among(weights)
+    if dtype is not None:
+        what, remedy = "method='difference' cannot be taken", "Use method='exact', or float32 outside of autocast."
+        raise TwofoldError(HALF_PRECISION.format(what=what, dtype=dtype, remedy=remedy))
 
 
 def _step(weights: Sequence[Tensor]) -> float:
