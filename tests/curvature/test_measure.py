@@ -1,6 +1,8 @@
 import copy
+import functools
 import json
 import math
+import operator
 import subprocess
 import sys
 from dataclasses import fields, replace
@@ -288,7 +290,7 @@ def test_numbers_that_are_not_finite_survive(small, tmp_path):
         ("{]", "holds no curvature report"),
         ("[1, 2]", "holds no curvature report"),
         ('{"format": "other"}', "other"),
-        ('{"format": "twofold.CurvatureReport/1"}', "damaged"),
+        ('{"format": "twofold.CurvatureReport/1"}', "damaged: model is missing"),
     ],
     ids=["empty", "not JSON", "list", "other", "half"],
 )
@@ -308,6 +310,49 @@ def test_every_field_is_needed(small):
         wrong = {"odd": 1} if isinstance(values_of[name], int | float) else 17
         with pytest.raises(TwofoldError):
             CurvatureReport.from_dict({**values_of, name: wrong})
+
+
+def places(values, *path):
+    """The path of every mapping and list of a report."""
+    if isinstance(values, dict | list):
+        yield path
+        for key, item in values.items() if isinstance(values, dict) else enumerate(values):
+            yield from places(item, *path, key)
+
+
+def outcome(file):
+    try:
+        return CurvatureReport.load(file), ""
+    except TwofoldError as error:
+        return None, str(error)
+
+
+def test_what_is_emptied_or_missing_is_refused_by_field_or_prints_all_the_same(small, tmp_path):
+    values, file = small.to_dict(), tmp_path / "report.json"
+    values["block_traces"] = dict(list(values["block_traces"].items())[:3])
+    for density in values["densities"].values():
+        density |= {name: curve[:5] for name, curve in density.items() if isinstance(curve, list)}
+    refused, emptied = set(), set()
+    for path in places(values):
+        inside = functools.reduce(operator.getitem, path, values)
+        for gone in [None, *(inside if isinstance(inside, dict) else [])]:
+            damaged = json.loads(json.dumps(values))
+            place = functools.reduce(operator.getitem, path, damaged)
+            place.clear() if gone is None else place.pop(gone)
+            file.write_text(json.dumps(damaged))
+            loaded, error = outcome(file)
+            if error:
+                assert str(file) in error
+                assert not path or path[0] in error
+                refused.add((*path, gone))
+                continue
+            assert str(loaded)
+            if len(path) == 1 and gone is None:
+                assert loaded.plot() is not None
+                emptied.add(path[0])
+    assert emptied == {"block_traces", "eigenvalues", "block_norms", "densities", "anatomy", "left_out"}
+    for field, gone in (("frobenius", "nme"), ("along_gradient", "hessian"), ("policy", "mode"), ("cost", "seconds")):
+        assert {(field, None), (field, gone)} <= refused
 
 
 def test_a_failed_save_leaves_the_old_file(small, tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import math
 import os
 import tempfile
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -159,15 +159,27 @@ class CurvatureReport:
         """Build from `to_dict`'s form.
 
         Raises:
-            TwofoldError: it is no such form.
+            TwofoldError: it is no such form, or lacks what printing and drawing need; the message names the field.
         """
         if not isinstance(values, Mapping) or values.get("format") != _FORMAT:
             came = values.get("format") if isinstance(values, Mapping) else type(values).__name__
             raise TwofoldError(f"Expected a report of format {_FORMAT!r}; {came!r} came.")
-        try:
-            return cls(**{field.name: _READERS[field.name](values[field.name]) for field in fields(cls)})
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise TwofoldError(f"The report is damaged: {type(error).__name__}: {error}.") from error
+        found = {}
+        for name in (field.name for field in fields(cls)):
+            if name not in values:
+                raise TwofoldError(f"The report is damaged: {name} is missing.")
+            try:
+                found[name] = _READERS[name](values[name])
+            except KeyError as error:
+                raise TwofoldError(f"The report is damaged: {name} has no {error}.") from error
+            except (TypeError, ValueError, AttributeError) as error:
+                raise TwofoldError(f"The report is damaged: {name}: {error}.") from error
+        report = cls(**found)
+        for where, named, needed in _needed(report):
+            missing = [name for name in needed if name not in named]
+            if missing:
+                raise TwofoldError(f"The report is damaged: {where} has no {', '.join(map(repr, missing))}.")
+        return report
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the report as JSON; the file is whole or, on any error, as it was before."""
@@ -236,14 +248,37 @@ def _floats(values: Any) -> Any:
     return tuple(_floats(item) for item in values) if isinstance(values, list | tuple) else float(values)
 
 
+def _matrices(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    unknown = [name for name in values if name not in SYMBOLS]
+    if unknown:
+        raise ValueError(f"{', '.join(map(repr, unknown))} is none of {', '.join(SYMBOLS)}")
+    return values
+
+
+def _policy(values: Mapping[str, Any]) -> dict[str, str | int | float | None]:
+    terms = values["num_terms"]
+    if terms is not None and not isinstance(terms, int | float):
+        raise TypeError(f"num_terms must be a number or null where {terms!r} stands")
+    return dict(values.items())
+
+
+def _same_shapes(*tensors: Tensor) -> None:
+    if len({tensor.shape for tensor in tensors}) > 1 or not tensors[0].numel():
+        raise ValueError(f"shapes {', '.join(str(list(tensor.shape)) for tensor in tensors)} do not fit")
+
+
 def _density(values: Mapping[str, Any]) -> SpectralDensity:
     curves = {name: torch.tensor(_floats(values[name]), dtype=torch.float64) for name in _CURVES}
+    _same_shapes(curves["grid"], curves["density"], curves["stderr"])
+    _same_shapes(curves["nodes"], curves["weights"])
     return SpectralDensity(**curves, sigma=float(values["sigma"]), num_matvecs=int(values["num_matvecs"]))
 
 
 def _block_norms(values: Mapping[str, Any]) -> BlockNorms:
     value, stderr = (torch.tensor(_floats(values[name]), dtype=torch.float64) for name in ("value", "stderr"))
-    return BlockNorms(tuple(_text(name) for name in values["blocks"]), value, stderr, int(values["num_matvecs"]))
+    blocks = tuple(_text(name) for name in values["blocks"])
+    _same_shapes(value, stderr, torch.empty(len(blocks), len(blocks)))
+    return BlockNorms(blocks, value, stderr, int(values["num_matvecs"]))
 
 
 def _anatomy(values: Mapping[str, Any]) -> AnatomyFigures:
@@ -256,22 +291,37 @@ _READERS: dict[str, Any] = {
     "num_parameters": int,
     "loss": float,
     "gradient_norm": float,
-    "frobenius": _estimates,
+    "frobenius": lambda values: _estimates(_matrices(values)),
     "nme_ratio": _estimate,
     "cosine": _estimate,
-    "along_gradient": lambda values: {name: float(value) for name, value in values.items()},
-    "traces": _estimates,
-    "block_traces": lambda values: {name: _estimates(item) for name, item in values.items()},
+    "along_gradient": lambda values: {name: float(value) for name, value in _matrices(values).items()},
+    "traces": lambda values: _estimates(_matrices(values)),
+    "block_traces": lambda values: {name: _estimates(_matrices(item)) for name, item in values.items()},
     "eigenvalues": lambda values: tuple(Eigenvalue(**{n: float(v) for n, v in item.items()}) for item in values),
     "block_norms": lambda values: {name: _block_norms(item) for name, item in values.items()},
     "densities": lambda values: {name: _density(item) for name, item in values.items()},
     "anatomy": lambda values: {name: _anatomy(item) for name, item in values.items()},
     "live_fraction": lambda value: None if value is None else float(value),
-    "policy": lambda values: dict(values.items()),
+    "policy": _policy,
     "left_out": lambda values: {name: _text(why) for name, why in values.items()},
     "cost": lambda values: Cost(float(values["seconds"]), int(values["num_matvecs"]), int(values["peak_memory"])),
 }
 """How each field is read back from JSON values."""
+
+_TOLD = ("mode", "dtype", "device", "autocast", "num_batches", "num_terms", "num_probes", "probes", "seed", "traces_by")
+
+
+def _needed(report: CurvatureReport) -> Iterator[tuple[str, Mapping[str, Any], Iterable[str]]]:
+    """What printing and drawing need: (where, what is there by name, the names that must be)."""
+    halves = ("hessian", "gauss_newton", "nme")
+    yield "traces", report.traces, halves
+    yield "frobenius", report.frobenius, report.traces
+    yield "along_gradient", report.along_gradient, ("hessian", "nme")
+    for block, traces in report.block_traces.items():
+        yield f"block_traces: {block!r}", traces, report.traces
+    for name, parts in (("block_norms", report.block_norms), ("densities", report.densities)):
+        yield name, parts, halves if parts else ()
+    yield "policy", report.policy, (*_TOLD, "torch")
 
 
 _LABEL, _COLUMN = 14, 17
@@ -298,8 +348,8 @@ def _lines(report: CurvatureReport) -> Iterator[str]:
     yield _row("", [SYMBOLS[name] for name in names])
     yield _row("Frobenius norm", [_pm(report.frobenius[name]) for name in names])
     yield _row("trace", [_pm(report.traces[name]) for name in names])
-    yield _row("g'A g / g'g", [f"{report.along_gradient[name]:.4g}" for name in names])
-    yield _row("share of g'H g", [_percent(shares[name]) for name in names])
+    yield _row("g'A g / g'g", [f"{report.along_gradient.get(name, math.nan):.4g}" for name in names])
+    yield _row("share of g'H g", [_percent(shares.get(name, math.nan)) for name in names])
     if report.eigenvalues:
         yield ""
         yield _row("eigenvalues", ["of H", "v'GN v", "v'NME v", "NME's share", "residual"])
