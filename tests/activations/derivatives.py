@@ -8,6 +8,7 @@ from twofold.activations import gaussian
 NATIVE = {
     "gelu": (F.gelu, lambda x: (2 - x * x) * torch.exp(-x * x / 2) / (2 * torch.pi) ** 0.5),
     "tanh": (torch.tanh, lambda x: -2 * torch.tanh(x) * (1 - torch.tanh(x) ** 2)),
+    "sin": (torch.sin, lambda x: -torch.sin(x)),
     "relu": (torch.relu, torch.zeros_like),
 }
 STAND_INS = {"zero": 0, "one": 1, "gaussian": gaussian(3.0), "function": torch.cos}

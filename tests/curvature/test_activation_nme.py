@@ -88,16 +88,35 @@ def test_a_model_may_enter_second_derivative_itself():
     assert close(activation, nme - rest, nme.norm())
 
 
-def test_one_hidden_layer_has_a_closed_form():
+class Sine(nn.Module):
+    def forward(self, x):
+        return torch.sin(x)
+
+
+class Cosine(nn.Module):
+    def forward(self, x):
+        return x.cos()
+
+
+CURVED = {
+    "tanh": (nn.Tanh, lambda h: -2 * torch.tanh(h) * (1 - torch.tanh(h) ** 2)),
+    "sin": (Sine, lambda h: -torch.sin(h)),
+    "cos": (Cosine, lambda h: -torch.cos(h)),
+}
+
+
+@pytest.mark.parametrize("name", CURVED)
+def test_one_hidden_layer_has_a_closed_form(name):
     """The sum over units u and examples of (dL/da_u) phi''(h_u) grad h_u grad h_u'."""
     W, b, a = torch.randn(5, 4), torch.randn(5), torch.randn(1, 5)
     x, y = torch.randn(7, 4), torch.randn(7, 1)
-    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1, bias=False))
+    phi, second_of = CURVED[name]
+    model = nn.Sequential(nn.Linear(4, 5), phi(), nn.Linear(5, 1, bias=False))
     for parameter, value in zip(model.parameters(), (W, b, a), strict=True):
         parameter.data.copy_(value)
     h = x @ W.T + b
-    residual = 2 * (torch.tanh(h) @ a.T - y) / 7  # of the mean squared error
-    second = -2 * torch.tanh(h) * (1 - torch.tanh(h) ** 2)
+    residual = 2 * (phi()(h) @ a.T - y) / 7  # of the mean squared error
+    second = second_of(h)
     expected = torch.zeros(30, 30)
     for n in range(7):
         for u in range(5):
@@ -106,6 +125,9 @@ def test_one_hidden_layer_has_a_closed_form():
             expected += residual[n] * a[0, u] * second[n, u] * torch.outer(gradient, gradient)
     found = twofold.ActivationNME(model, nn.MSELoss(), (x, y)).to_dense()
     assert relative(found, expected) < 1e-12
+    kinds = twofold.anatomy(model, nn.MSELoss(), (x, y), num_matvecs=2).kinds
+    assert kinds["activation"].frobenius.value > 0
+    assert kinds["other"].frobenius.value == 0
 
 
 @pytest.mark.parametrize(

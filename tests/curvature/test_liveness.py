@@ -64,6 +64,26 @@ def test_all_calls_and_batches_count_by_their_entries():
     assert live_fraction(model, batches[0]) == pytest.approx(6 / 9)
 
 
+class Sinusoidal(nn.Module):
+    """Encodings of positions, and sin as an activation at 0 and elsewhere."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(2, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        places = torch.arange(4.0, dtype=x.dtype)
+        return self.last(torch.sin(self.first(x)) + places.sin() + torch.cos(places))
+
+
+def test_sines_count_where_parameters_move_their_inputs():
+    model = Sinusoidal().double()
+    with torch.no_grad():
+        model.first.weight[:3] = 0
+        model.first.bias[:3] = 0
+    assert live_fraction(model, (torch.randn(5, 2).double(), torch.zeros(5))) == pytest.approx(1 / 4)
+
+
 def test_stand_ins_count():
     model = nn.Sequential(nn.Linear(2, 6), nn.GELU(), nn.Linear(6, 3), nn.ReLU(), nn.Linear(3, 2)).double()
     batch = (torch.randn(5, 2).double(), torch.zeros(5))

@@ -238,6 +238,56 @@ def test_operations_without_a_second_derivative_are_refused_by_name(model, token
     assert same(before, fingerprint(net))
 
 
+class Weighed(nn.Module):
+    """A bag whose entries are weighed by parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.weights, self.head = nn.Embedding(5, 4), nn.Parameter(torch.rand(6, 3)), nn.Linear(4, 3)
+
+    def forward(self, tokens):
+        table = self.table.weight
+        return self.head(F.embedding_bag(tokens, table, mode="sum", per_sample_weights=self.weights))
+
+
+class MaxBag(Bag):
+    def __init__(self):
+        super().__init__()
+        self.bag = nn.EmbeddingBag(5, 4, mode="max")
+
+
+@pytest.mark.parametrize(("model", "params"), [(Bag, "head.*"), (MaxBag, "head.*"), (Weighed, "head.*")])
+def test_a_bag_of_embeddings_runs_where_nothing_before_it_is_chosen(model, params):
+    """It is a constant then: the curvature is that of the head on what the bag gives."""
+    net, x, y = model(), torch.randint(5, (6, 3)), torch.randint(3, (6,))
+    seen = []
+    net.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().clone()))
+    net(x)
+    expected = twofold.Curvature(copy.deepcopy(net.head), F.cross_entropy, (seen[0], y)).hessian.to_dense()
+    c = twofold.Curvature(net, F.cross_entropy, (x, y), params=params)
+    torch.testing.assert_close(c.hessian.to_dense(), expected, rtol=1e-10, atol=1e-12)
+    trace = c.traces(4)["hessian"]
+    assert abs(trace.value - expected.trace().item()) <= 4 * trace.stderr + 1e-12
+
+
+def test_gradients_through_a_bag_of_embeddings_are_dense_and_unscaled():
+    tokens, y, net = torch.randint(5, (6, 3)), torch.randint(3, (6,)), Bag()
+    expected = torch.autograd.grad(F.cross_entropy(net(tokens), y), list(net.parameters()))
+    net.bag.sparse = net.bag.scale_grad_by_freq = True
+    found = twofold.Curvature(net, F.cross_entropy, (tokens, y)).gradient()
+    torch.testing.assert_close(found, torch.cat([g.flatten() for g in expected]))
+    assert net.bag.sparse
+
+
+@pytest.mark.parametrize(("model", "params"), [(Weighed, "weights"), (Weighed, "table.*"), (MaxBag, "bag.*")])
+def test_a_bag_of_embeddings_is_refused_where_its_output_depends_on_what_is_chosen(model, params):
+    batch = (torch.randint(5, (6, 3)), torch.randint(3, (6,)))
+    c = twofold.Curvature(model(), F.cross_entropy, batch, params=params)
+    for ask in (lambda: c.hessian @ torch.ones(c.layout.size), lambda: c.traces(2), lambda: c.frobenius(2)):
+        with pytest.raises(TwofoldError, match=r"embedding_bag.*(.|\n)*nn\.EmbeddingBag, or leave .* params="):
+            ask()
+
+
 @pytest.fixture
 def one_rank():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

@@ -29,6 +29,7 @@ _PLACES = (
 SPELLINGS: dict[str, tuple[str | Callable, ...]] = {
     "beta_gelu": (beta_gelu,),
     "celu": ("celu",),
+    "cos": ("cos",),
     "elu": ("elu",),
     "gelu": ("gelu",),
     "hardshrink": ("hardshrink",),
@@ -45,6 +46,7 @@ SPELLINGS: dict[str, tuple[str | Callable, ...]] = {
     "selu": ("selu",),
     "sigmoid": ("sigmoid", "expit", "special_expit"),
     "silu": ("silu",),
+    "sin": ("sin",),
     "softplus": ("softplus",),
     "softshrink": ("softshrink",),
     "softsign": ("softsign",),

@@ -182,7 +182,7 @@ def borrowed(
     Yields:
         The chosen parameters' aliases by name: leaves of the graphs that are recorded inside.
     """
-    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)]
     # An embedding with max_norm writes into its weight as it runs.
     writes = any(embedding.max_norm is not None for embedding in embeddings)
     every = {id(parameter): parameter for parameter in model.parameters()}
@@ -292,8 +292,6 @@ def differentiable_twice(model: nn.Module) -> Iterator[Repairs]:
     Raises:
         TwofoldError: an operation inside has no second derivative.
     """
-    if any(isinstance(module, nn.EmbeddingBag) for module in model.modules()):
-        raise TwofoldError(_no_double_backward("nn.EmbeddingBag", "none was tried"))
     with composed_kernels(model), refusals_named(), Repairs() as repairs:
         yield repairs
 
@@ -333,8 +331,11 @@ def refusals_named() -> Iterator[None]:
 
 def _no_double_backward(operation: str, error: str) -> str:
     remedy = "Compose it from plain tensor operations, or leave the parameters before it out with params=."
-    if "mbedding" in operation:
-        remedy = "Use nn.Embedding followed by sum or mean over the bag in its place."
+    if "embedding_bag" in operation:
+        remedy = (
+            "Use nn.Embedding followed by sum or mean over the bag in the place of nn.EmbeddingBag, or leave what its "
+            "output depends on out with params=."
+        )
     elif "attention" in operation:
         remedy = "Run the forward pass under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
     return NO_DOUBLE_BACKWARD.format(operation=operation, remedy=remedy, error=error)

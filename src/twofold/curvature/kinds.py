@@ -39,7 +39,7 @@ SPELLINGS: dict[str, tuple[str, ...]] = {
         *("div", "divide", "true_divide", "__truediv__", "__rtruediv__", "__rdiv__", "__itruediv__", "reciprocal"),
         *("addcdiv", "pow", "__pow__", "__rpow__", "__ipow__", "float_power", "square", "sqrt", "rsqrt", "cumprod"),
         *("exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "logaddexp", "logsumexp", "logcumsumexp", "logit"),
-        *("log_softmax", "softmin", "sin", "cos", "tan", "asin", "acos", "atan", "atan2", "sinh", "cosh", "sinc"),
+        *("log_softmax", "softmin", "tan", "asin", "acos", "atan", "atan2", "sinh", "cosh", "sinc"),
         *("erf", "erfc", "erfinv", "lgamma", "digamma", "norm", "vector_norm", "matrix_norm", "dist", "cdist"),
         *("pairwise_distance", "cosine_similarity", "var", "std", "var_mean", "std_mean", "lerp", "hypot", "xlogy"),
         *("grid_sample", "affine_grid", "inverse", "inv", "det", "logdet", "solve", "matrix_exp", "trapezoid"),

@@ -9,10 +9,13 @@ from torch.overrides import TorchFunctionMode
 
 from twofold.activations.known import SPELLINGS, activation_name
 from twofold.batches import as_batches, run_forward, to_device
-from twofold.curvature.differentiable import borrowed, differentiable_twice, unwrap
+from twofold.curvature.differentiable import borrowed, composed_kernels, unwrap
 from twofold.distributed import agree, check_group, together
 from twofold.errors import NotFiniteError, TwofoldError
 from twofold.types import Forward, Mode, ProcessGroup
+
+_OF_POSITIONS = frozenset({"cos", "sin"})
+"""No activations where no parameter moves what they are taken of: encodings of positions."""
 
 
 def live_fraction(
@@ -26,7 +29,8 @@ def live_fraction(
 ) -> float:
     """Return the fraction of activation inputs h at which phi'' is alive, |phi''(h)| > tolerance.
 
-    All entries of all activation calls over the data count alike; each phi'' is the one of torch's own double backward,
+    All entries of all activation calls over the data count alike, but for sines and cosines of what no parameter moves
+    (encodings of positions); each phi'' is the one of torch's own double backward,
     or the stand-in where `second_derivative` is active. Where phi'' is 0 an entry adds nothing to the activation NME,
     the part of the NME that carries phi''. The model is left as it was.
 
@@ -72,7 +76,8 @@ def live_fraction(
 def _counted(model: nn.Module, data: Any, forward: Forward | None, mode: Mode, tolerance: float) -> "_Counting":
     tensor = next((t for kind in (model.parameters(), model.buffers()) for t in kind), None)
     counted = _Counting(tolerance)
-    with borrowed(model, {}, mode), differentiable_twice(model):
+    moving = {name: parameter for name, parameter in model.named_parameters() if parameter.is_floating_point()}
+    with borrowed(model, moving, mode), composed_kernels(model):
         for batch in as_batches(data):
             with counted:
                 run_forward(forward, model, batch if tensor is None else to_device(batch, tensor.device))
@@ -88,21 +93,22 @@ class _Counting(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if activation_name(func, args, kwargs) is not None:
-            self._count(func, args, kwargs)
+        name = activation_name(func, args, kwargs)
+        if name is not None:
+            self._count(name, func, args, kwargs)
         return func(*args, **kwargs)
 
-    def _count(self, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _count(self, activation: str, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         settings = {name: value for name, value in kwargs.items() if name not in ("self", "input", "out")}
         came = args[0] if args else kwargs["self" if "self" in kwargs else "input"]
-        if not came.is_floating_point():
+        if not came.is_floating_point() or (activation in _OF_POSITIONS and not came.requires_grad):
             return
         x = came.detach().clone().requires_grad_()
         bend = _second_derivative(func(x.clone(), *args[1:], **settings), x)
         unknown = int(bend.isnan().sum())
         if unknown:
             raise NotFiniteError(
-                f"{activation_name(func, args, kwargs)}'' is NaN at {unknown} of {bend.numel()} inputs of a call: what "
+                f"{activation}'' is NaN at {unknown} of {bend.numel()} inputs of a call: what "
                 "the model computes on this data is not finite. Look for diverged parameters or NaN in the data."
             )
         self.live += int((bend.abs() > self.tolerance).sum())

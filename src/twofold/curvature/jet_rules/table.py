@@ -98,7 +98,7 @@ _MULTILINEAR = (
 
 
 _ENTRYWISE = (
-    *("abs", "absolute", "__abs__", "acos", "asin", "atan", "cos", "cosh", "sin", "sinh", "tan", "sinc", "digamma"),
+    *("abs", "absolute", "__abs__", "acos", "asin", "atan", "cosh", "sinh", "tan", "sinc", "digamma"),
     *("erf", "erfc", "erfinv", "exp2", "expm1", "lgamma", "log", "log10", "log1p", "log2", "logit", "float_power"),
     *("pow", "__pow__", "__rpow__", "reciprocal", "rsqrt", "sqrt", "square", "clamp", "clip", "clamp_min", "clamp_max"),
     *("nan_to_num", "asinh", "acosh", "atanh", "floor", "ceil", "round", "trunc", "frac", "sign", "sgn"),
