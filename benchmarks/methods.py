@@ -15,10 +15,11 @@ import torch.nn.functional as F
 
 from memory import MIB, peak
 from results import Table
+from twofold.lab.building import build_backward, build_optimizer, build_regularizer
 from twofold.lab.config import RegularizerConfig, RunConfig, fashion_mnist, transformer
 from twofold.lab.data import load
 from twofold.lab.models import build
-from twofold.lab.training import build_backward, build_optimizer, build_regularizer, train
+from twofold.lab.training import train
 
 SEEDS = range(100, 103)
 SETTINGS = {"Fashion-MNIST, MLP": fashion_mnist, "MNIST-1D, transformer": transformer}

@@ -90,7 +90,7 @@ def test_version_and_no_arguments(run):
         ("train mnist1d --epochs 0", "epochs"),
         ("train mnist1d --out file", "cannot be written"),
         ("sweep mnist1d --seeds", "nothing to run"),
-        ("data fetch imagenet", "no data set 'imagenet'"),
+        ("data fetch svhn", "no data set 'svhn'"),
     ],
 )
 def test_errors_are_one_clear_line(run, tmp_path, line, said):

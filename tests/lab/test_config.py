@@ -76,6 +76,9 @@ runs = st.builds(
     max_steps=st.none() | counts,
     threads=st.integers(1, 64),
     device=st.sampled_from(["cpu", "cuda", "cuda:1"]),
+    precision=st.sampled_from(["float32", "bfloat16"]),
+    channels_last=st.booleans(),
+    compile=st.booleans(),
 )
 
 
@@ -98,7 +101,7 @@ def test_a_configuration_survives_json(config):
         (DataConfig, "label_noise", 1.5, "at most 1"),
         (DataConfig, "seed", True, "integer"),
         (DataConfig, "augmentation", "cutout", "flip_crop"),
-        (ModelConfig, "name", "resnet", "mlp, conv, wideresnet"),
+        (ModelConfig, "name", "resnext", "mlp, conv, wideresnet, resnet"),
         (ModelConfig, "activation", "Gelu", "beta_gelu"),
         (ModelConfig, "norm", None, "none, batch, layer"),
         (ModelConfig, "width", -3, "at least 1"),
@@ -126,6 +129,13 @@ def test_a_configuration_survives_json(config):
         (RunConfig, "max_steps", 0, "or None"),
         (RunConfig, "threads", 0, "at least 1"),
         (RunConfig, "device", "tpu", "cuda:N"),
+        (RunConfig, "precision", "float16", "float32, bfloat16"),
+        (RunConfig, "channels_last", 1, "True or False"),
+        (RunConfig, "compile", "yes", "True or False"),
+        (RunConfig, "ranks", 0, "at least 1"),
+        (RunConfig, "ranks", 129, "128 examples"),
+        (DataConfig, "image_size", 0, "or None"),
+        (OptimizerConfig, "decay_norms", None, "True or False"),
     ],
 )
 def test_what_cannot_be_used_is_refused_by_field_and_value(kind, field, value, told):

@@ -3,10 +3,11 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from twofold.errors import TwofoldError
 from twofold.lab.config import ModelConfig
-from twofold.lab.models import ACTIVATIONS, build
+from twofold.lab.models import ACTIVATIONS, MODELS, build
 
 
 def size(model: nn.Module) -> int:
@@ -23,6 +24,7 @@ def size(model: nn.Module) -> int:
         (ModelConfig("conv", width=4, depth=3), (2, 40)),
         (ModelConfig("conv", width=4, depth=5), (1, 14, 14)),
         (ModelConfig("wideresnet", width=1, depth=10), (3, 14, 14)),
+        (ModelConfig("resnet", width=2, depth=50), (3, 32, 32)),
     ],
     ids=str,
 )
@@ -51,6 +53,24 @@ def test_every_parameter_gets_a_gradient(config, shape, norm):
 )
 def test_parameter_counts(config, shape, expected):
     assert size(build(config, shape, 10, seed=0)) == expected
+
+
+@pytest.mark.parametrize(("depth", "parameters", "macs"), [(50, 25_557_032, 4.089e9), (101, 44_549_160, 7.801e9)])
+def test_resnets_have_their_known_sizes_and_costs(depth, parameters, macs):
+    config = ModelConfig("resnet", width=64, depth=depth, activation="relu", norm="batch")
+    with torch.device("meta"):
+        model = MODELS["resnet"](config, (3, 224, 224), 1000).eval()
+        with FlopCounterMode(display=False) as counter:
+            model(torch.empty(1, 3, 224, 224))
+    assert size(model) == parameters
+    assert counter.get_total_flops() == pytest.approx(2 * macs, rel=1e-3)
+
+
+@pytest.mark.parametrize("norm", ["none", "batch"])
+def test_blocks_of_a_resnet_start_as_the_identity(norm):
+    model = build(ModelConfig("resnet", width=2, depth=50, activation="relu", norm=norm), (3, 32, 32), 7, seed=0)
+    x = torch.randn(2, 8, 6, 6).relu()
+    torch.testing.assert_close(model.get_submodule("blocks.1")(x), x)
 
 
 @pytest.mark.parametrize("norm", ["none", "layer"])
@@ -139,7 +159,9 @@ def test_initialisation_comes_from_the_seed_alone():
     assert not torch.equal(first.get_submodule("conv0").weight, other.get_submodule("conv0").weight)
 
 
-@pytest.mark.parametrize(("name", "depth", "shape"), [("wideresnet", 10, (40,)), ("conv", 2, (1, 2, 3, 4))])
+@pytest.mark.parametrize(
+    ("name", "depth", "shape"), [("wideresnet", 10, (40,)), ("resnet", 50, (40,)), ("conv", 2, (1, 2, 3, 4))]
+)
 def test_inputs_that_do_not_fit_are_refused(name, depth, shape):
     with pytest.raises(TwofoldError, match="height, width"):
         build(ModelConfig(name, width=1, depth=depth), shape, 10, seed=0)

@@ -15,8 +15,9 @@ from twofold.errors import TwofoldError, TwofoldWarning
 from twofold.lab import runs
 from twofold.lab.config import DataConfig, ModelConfig, OptimizerConfig, RegularizerConfig, RunConfig
 from twofold.lab.data import load
+from twofold.lab.evaluation import evaluate
 from twofold.lab.runs import RunDirectory, load_model, load_run, load_runs, load_table, prepare_output, run_id
-from twofold.lab.training import evaluate, train
+from twofold.lab.training import train
 
 SMALL = RunConfig(
     data=DataConfig(num_train=200, num_validation=50, num_test=60),

@@ -25,6 +25,7 @@ from twofold.lab.config import (
     mnist1d,
 )
 from twofold.lab.data import load
+from twofold.lab.evaluation import evaluate
 from twofold.lab.models import build
 from twofold.lab.runs import RunDirectory, load_model, load_run
 from twofold.lab.seeding import derive_generator, derive_seed
@@ -396,7 +397,7 @@ def test_tracking_needs_a_directory():
 def test_evaluating_moves_neither_statistics_nor_mode(mode):
     model = build(SMALL.model, (40,), 10, 0).train(mode)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    training.evaluate(model, load(SMALL.data))
+    evaluate(model, load(SMALL.data))
     assert model.training is mode
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 

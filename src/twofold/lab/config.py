@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from twofold.errors import TwofoldError
 from twofold.lab.data import AUGMENTATIONS, DATA_SETS
-from twofold.lab.models import ACTIVATIONS, MODELS, NORMS
+from twofold.lab.models import ACTIVATIONS, MODELS, NORMS, RESNET_DEPTHS
 
 OPTIMIZERS = ("sgd", "adamw")
 REGULARIZERS = (
@@ -29,6 +29,7 @@ REGULARIZERS = (
     "gauss_newton_trace",
 )
 SCHEDULES = ("cosine", "constant")
+PRECISIONS = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,9 @@ class DataConfig(_Config):
         label_noise: share of the training examples whose labels are drawn anew, uniformly over all classes.
         seed: picks the subset, the split and the label noise.
         pool: average pooling factor of images (2 makes 28x28 into 14x14).
-        augmentation: what training images go through: "none", or "flip_crop" (mirror; crop after padding by 4).
+        augmentation: what training images go through: "none", "flip_crop" (mirror; crop after padding by 4), or, for
+            images that are read from files one by one, "random_resized_crop" (a random part, resized; mirror).
+        image_size: side of the square that such images are brought to; None takes the data set's own (ImageNet: 224).
     """
 
     name: str = "mnist1d"
@@ -108,6 +111,7 @@ class DataConfig(_Config):
     seed: int = 0
     pool: int = 1
     augmentation: str = "none"
+    image_size: int | None = None
 
     def __post_init__(self) -> None:
         self._choice("name", DATA_SETS)
@@ -118,6 +122,7 @@ class DataConfig(_Config):
         self._integer("seed", 0)
         self._integer("pool", 1)
         self._choice("augmentation", AUGMENTATIONS)
+        self._integer("image_size", 1, optional=True)
 
 
 @dataclass(frozen=True)
@@ -125,9 +130,11 @@ class ModelConfig(_Config):
     """Which model, how large, and with which activation and normalisation.
 
     Attributes:
-        name: "mlp", "conv", "wideresnet" or "transformer".
-        width: units of a hidden layer; channels of the conv net and the transformer; the k of WideResNet-d-k.
-        depth: hidden layers; convolutions; blocks of the transformer; the d of WideResNet-d-k (d = 6n + 4).
+        name: "mlp", "conv", "wideresnet", "resnet" or "transformer".
+        width: units of a hidden layer; channels of the conv net, of the transformer and of ResNet's first group (64 in
+            the published one); the k of WideResNet-d-k.
+        depth: hidden layers; convolutions; blocks of the transformer; 50, 101 or 152 of ResNet; the d of
+            WideResNet-d-k (d = 6n + 4).
         activation: a name of `twofold.lab.models.ACTIVATIONS`.
         norm: "none", "batch" or "layer".
         beta: the beta of "beta_gelu"; other activations do not read it.
@@ -149,17 +156,28 @@ class ModelConfig(_Config):
         self._real("beta", open_low=True)
         if self.name == "wideresnet" and (self.depth < 10 or (self.depth - 4) % 6):
             raise self._refuse("depth", self.depth, "6n + 4 for a WideResNet: 10, 16, 22, 28, ...")
+        if self.name == "resnet" and self.depth not in RESNET_DEPTHS:
+            raise self._refuse("depth", self.depth, "one of " + ", ".join(map(str, RESNET_DEPTHS)) + " for a ResNet")
 
 
 @dataclass(frozen=True)
 class OptimizerConfig(_Config):
-    """The base optimiser. AdamW reads `lr` and `weight_decay` only."""
+    """The base optimiser. AdamW does not read `momentum` and `nesterov`.
+
+    Attributes:
+        name: "sgd" or "adamw".
+        lr: the highest learning rate; the schedule scales it.
+        momentum, nesterov: as in `torch.optim.SGD`.
+        weight_decay: its factor.
+        decay_norms: whether the parameters of norms decay too.
+    """
 
     name: str = "sgd"
     lr: float = 0.05
     momentum: float = 0.9
     nesterov: bool = False
     weight_decay: float = 5e-4
+    decay_norms: bool = True
 
     def __post_init__(self) -> None:
         self._choice("name", OPTIMIZERS)
@@ -167,6 +185,7 @@ class OptimizerConfig(_Config):
         self._real("momentum", high=1.0)
         self._flag("nesterov")
         self._real("weight_decay")
+        self._flag("decay_norms")
         if self.nesterov and self.momentum == 0:
             raise self._refuse("nesterov", True, "False where momentum is 0")
 
@@ -235,7 +254,7 @@ class RunConfig(_Config):
     Attributes:
         data, model, optimizer, regularizer: the parts.
         epochs: passes over the training examples.
-        batch_size: examples a step; the last batch of an epoch may be smaller.
+        batch_size: examples a step, over all ranks; the last batch of an epoch may be smaller.
         warmup_epochs: epochs over which the learning rate rises linearly from 0.
         schedule: "cosine" (to 0 at the last step) or "constant", after the warm-up.
         seed: initialisation, shuffling, augmentation and the regularizer's noise.
@@ -247,6 +266,11 @@ class RunConfig(_Config):
         max_steps: stop (and end the schedule) here, even inside an epoch; None: after `epochs`.
         threads: torch threads; the last bits of a convolution depend on them.
         device: "cpu", "cuda" or "cuda:1".
+        precision: of the passes of training and evaluation: "float32", or "bfloat16" by autocast; weights are float32.
+        channels_last: keep images and convolutions' weights with channels innermost, which is faster on GPUs.
+        compile: run the model through torch.compile; passes that are differentiated twice run as they are.
+        ranks: processes that share every batch, each with its part; more than one are started by torchrun. BatchNorm
+            sees a rank's part.
     """
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -266,18 +290,27 @@ class RunConfig(_Config):
     max_steps: int | None = None
     threads: int = 1
     device: str = "cpu"
+    precision: str = "float32"
+    channels_last: bool = False
+    compile: bool = False
+    ranks: int = 1
 
     def __post_init__(self) -> None:
         for name, kind in _PARTS.items():
             if not isinstance(getattr(self, name), kind):
                 raise self._refuse(name, getattr(self, name), f"a {kind.__name__}")
-        for name in ("epochs", "batch_size", "curvature_probe", "curvature_matvecs", "threads"):
+        for name in ("epochs", "batch_size", "curvature_probe", "curvature_matvecs", "threads", "ranks"):
             self._integer(name, 1)
         for name in ("warmup_epochs", "seed", "curvature_every", "track_every"):
             self._integer(name, 0)
         self._real("fidelity_rho")
         self._integer("max_steps", 1, optional=True)
         self._choice("schedule", SCHEDULES)
+        self._choice("precision", PRECISIONS)
+        self._flag("channels_last")
+        self._flag("compile")
+        if self.ranks > self.batch_size:
+            raise self._refuse("ranks", self.ranks, f"at most the {self.batch_size} examples of a batch")
         if self.fidelity_rho and not self.curvature_every:
             raise self._refuse(
                 "fidelity_rho", self.fidelity_rho, "0 where curvature_every is 0: it says when to measure"

@@ -71,9 +71,9 @@ def _run(directory: Path, num_examples: int | None, data_dir: Path | None) -> Ta
     # As the run was trained; more threads than idle cores make a small model many times slower.
     torch.set_num_threads(config.threads)
     train_set = load(config.data, data_dir).train
-    inputs, targets = (tensor[:num_examples] for tensor in train_set)
-    batches = list(zip(inputs.split(_BATCH), targets.split(_BATCH), strict=True))
-    title = f"{config.label()}: {len(targets)} of {len(train_set.targets)} training examples (labels as trained on)"
+    count = len(train_set.targets) if num_examples is None else min(num_examples, len(train_set.targets))
+    batches = list(train_set.batches(torch.arange(count).split(_BATCH)))
+    title = f"{config.label()}: {count} of {len(train_set.targets)} training examples (labels as trained on)"
     return Target(title, model, F.cross_entropy, batches, {"mode": "eval"})
 
 

@@ -9,22 +9,35 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from twofold.errors import TwofoldError
-from twofold.lab.data import fashion_mnist, mnist1d
+from twofold.lab.data import cifar10, fashion_mnist, imagenet, mnist1d
 from twofold.lab.data.augmentation import AUGMENTATIONS, augment
-from twofold.lab.data.dataset import Dataset, Source, TensorPair, prepare
+from twofold.lab.data.dataset import Dataset, Examples, Source, TensorPair, first_batch, prepare
 
 if TYPE_CHECKING:
     from twofold.lab.config import DataConfig
 
-__all__ = ["AUGMENTATIONS", "DATA_SETS", "Dataset", "Source", "TensorPair", "augment", "fetch", "load"]
+__all__ = [
+    "AUGMENTATIONS",
+    "DATA_SETS",
+    "Dataset",
+    "Examples",
+    "Source",
+    "TensorPair",
+    "augment",
+    "fetch",
+    "first_batch",
+    "load",
+]
 
 DATA_SETS: Mapping[str, Callable[[Path | None], Source]] = {
     "mnist1d": mnist1d.load_source,
     "fashion-mnist": fashion_mnist.load_source,
+    "cifar10": cifar10.load_source,
+    "imagenet": imagenet.load_source,
 }
 """Every data set: its name and what reads or makes it."""
 
-_FETCH: Mapping[str, Callable[[Path], None]] = {"fashion-mnist": fashion_mnist.fetch}
+_FETCH: Mapping[str, Callable[[Path], None]] = {"fashion-mnist": fashion_mnist.fetch, "cifar10": cifar10.fetch}
 
 
 def load(config: "DataConfig", data_dir: Path | None = None) -> Dataset:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from twofold.errors import TwofoldError
 
-AUGMENTATIONS = ("none", "flip_crop")
+AUGMENTATIONS = ("none", "flip_crop", "random_resized_crop")
 """Names that DataConfig.augmentation may take."""
 
 _PADDING = 4
@@ -16,12 +16,13 @@ def augment(name: str, images: Tensor) -> Tensor:
     """A random version of each image [N, C, H, W], drawn from torch's global RNG.
 
     "flip_crop" mirrors half of the images left to right, pads by 4 zeros and crops at random to the old size
-    (Zagoruyko & Komodakis 2016, arXiv 1605.07146).
+    (Zagoruyko & Komodakis 2016, arXiv 1605.07146). "random_resized_crop" is done where images are decoded
+    (`twofold.lab.data.stored.random_crop`), so nothing is left to do here.
 
     Raises:
         TwofoldError: the inputs are not images.
     """
-    if name == "none":
+    if name in ("none", "random_resized_crop"):
         return images
     if images.ndim != 4:
         raise TwofoldError(

@@ -1,13 +1,15 @@
-"""From the published examples to the tensors of one run: subset, split, label noise, pooling, scale."""
+"""From the published examples to the examples of one run: subset, split, label noise, pooling, scale."""
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from twofold.errors import TwofoldError
+from twofold.lab.data.stored import StoredImages
 from twofold.lab.seeding import derive_generator
 
 if TYPE_CHECKING:
@@ -15,10 +17,38 @@ if TYPE_CHECKING:
 
 
 class TensorPair(NamedTuple):
-    """Examples: inputs [N, ...] in float32 and targets [N] in int64."""
+    """Examples in memory: inputs [N, ...] in float32 and targets [N] in int64."""
 
     inputs: Tensor
     targets: Tensor
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one input."""
+        return tuple(self.inputs.shape[1:])
+
+    def take(self, rows: Tensor) -> Self:
+        """These rows, in this order."""
+        return type(self)(self.inputs[rows], self.targets[rows])
+
+    def to(self, device: str) -> Self:
+        """The same on another device."""
+        return type(self)(self.inputs.to(device), self.targets.to(device))
+
+    def batches(self, rows: Iterable[Tensor], *, crop_seed: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Inputs and targets of each set of rows; in memory nothing is cropped, so that no seed is needed."""
+        for chosen in rows:
+            chosen = chosen.to(self.targets.device)  # noqa: PLW2901
+            yield self.inputs[chosen], self.targets[chosen]
+
+
+Examples = TensorPair | StoredImages
+"""What a run trains or is evaluated on; both kinds have targets, input_shape, take, to and batches."""
+
+
+def first_batch(examples: Examples, count: int) -> tuple[Tensor, Tensor]:
+    """Inputs and targets of the first `count` examples, or of all if there are fewer."""
+    return next(iter(examples.batches([torch.arange(min(count, len(examples.targets)))])))
 
 
 @dataclass(frozen=True)
@@ -30,20 +60,21 @@ class Source:
         test: the published test examples.
         num_classes: C.
         validation: examples of the same distribution kept for validation; None takes them from `train`.
-        pixel_mean, pixel_std: where inputs are bytes (they stay so until a subset is cut), their statistics on [0, 1].
+        pixel_mean, pixel_std: where inputs are bytes (they stay so until a subset is cut), their statistics on [0, 1],
+            for all channels or one by one.
     """
 
-    train: TensorPair
-    test: TensorPair
+    train: Examples
+    test: Examples
     num_classes: int
     validation: TensorPair | None = None
-    pixel_mean: float = 0.0
-    pixel_std: float = 1.0
+    pixel_mean: float | Sequence[float] = 0.0
+    pixel_std: float | Sequence[float] = 1.0
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """The data of one run, in memory. Shared between runs: read it, never write to it.
+    """The data of one run. Shared between runs: read it, never write to it.
 
     Attributes:
         train: training examples, noisy labels included, in an order drawn from the seed.
@@ -53,31 +84,34 @@ class Dataset:
         input_shape: shape of one input.
     """
 
-    train: TensorPair
-    validation: TensorPair
-    test: TensorPair
+    train: Examples
+    validation: Examples
+    test: Examples
     num_classes: int
 
     @property
     def input_shape(self) -> tuple[int, ...]:
         """Shape of one input."""
-        return tuple(self.train.inputs.shape[1:])
+        return self.train.input_shape
+
+    def to(self, device: str) -> "Dataset":
+        """The same with what is in memory on another device."""
+        return Dataset(
+            self.train.to(device), self.validation.to(device), self.test.to(device), num_classes=self.num_classes
+        )
 
 
 def prepare(config: "DataConfig", source: Source) -> Dataset:
     """Cut `source` as `config` says.
 
     Raises:
-        TwofoldError: more examples are asked for than there are, or the pooling does not fit.
+        TwofoldError: more examples are asked for than there are, or pooling, augmentation or size do not fit.
     """
     train, validation = _split(config, source)
     test = _take(source.test, _num_test(config, source), derive_generator("test", config.seed))
     noisy = redraw_labels(train.targets, config.label_noise, source.num_classes, config.seed)
-    train = TensorPair(train.inputs, noisy)
-    pairs = [
-        TensorPair(_pool(config, _scale(source, inputs)), targets) for inputs, targets in (train, validation, test)
-    ]
-    return Dataset(*pairs, num_classes=source.num_classes)
+    cut = (_relabelled(train, noisy), validation, test)
+    return Dataset(*(_finished(config, source, examples) for examples in cut), num_classes=source.num_classes)
 
 
 def redraw_labels(targets: Tensor, share: float, num_classes: int, seed: int) -> Tensor:
@@ -92,7 +126,7 @@ def redraw_labels(targets: Tensor, share: float, num_classes: int, seed: int) ->
     return noisy
 
 
-def _split(config: "DataConfig", source: Source) -> tuple[TensorPair, TensorPair]:
+def _split(config: "DataConfig", source: Source) -> tuple[Examples, Examples]:
     generator = derive_generator("train", config.seed)
     if source.validation is not None:
         _enough(config, "num_train", config.num_train, len(source.train.targets))
@@ -101,9 +135,8 @@ def _split(config: "DataConfig", source: Source) -> tuple[TensorPair, TensorPair
         return train, _take(source.validation, config.num_validation, derive_generator("validation", config.seed))
     wanted = config.num_train + config.num_validation
     _enough(config, "num_train + num_validation", wanted, len(source.train.targets))
-    both = _take(source.train, wanted, generator)
-    train = TensorPair(*(tensor[: config.num_train] for tensor in both))
-    return train, TensorPair(*(tensor[config.num_train :] for tensor in both))
+    rows = torch.randperm(len(source.train.targets), generator=generator)[:wanted]
+    return source.train.take(rows[: config.num_train]), source.train.take(rows[config.num_train :])
 
 
 def _num_test(config: "DataConfig", source: Source) -> int:
@@ -118,15 +151,39 @@ def _enough(config: "DataConfig", name: str, wanted: int, available: int) -> Non
         raise TwofoldError(f"DataConfig.{name} is {wanted}, but {config.name} has only {available} such examples.")
 
 
-def _take(pair: TensorPair, count: int, generator: torch.Generator) -> TensorPair:
-    rows = torch.randperm(len(pair.targets), generator=generator)[:count]
-    return TensorPair(pair.inputs[rows], pair.targets[rows])
+def _take(examples: Examples, count: int, generator: torch.Generator) -> Examples:
+    return examples.take(torch.randperm(len(examples.targets), generator=generator)[:count])
+
+
+def _relabelled(examples: Examples, targets: Tensor) -> Examples:
+    if isinstance(examples, StoredImages):
+        return examples.relabelled(targets)
+    return TensorPair(examples.inputs, targets)
+
+
+def _finished(config: "DataConfig", source: Source, examples: Examples) -> Examples:
+    """Scale and pool what is in memory; say how large images will be that are read one by one."""
+    if isinstance(examples, StoredImages):
+        if config.pool != 1:
+            raise TwofoldError(
+                f"DataConfig.pool is {config.pool}, but the images of {config.name} are read one by one: "
+                "leave it 1 and set image_size."
+            )
+        return examples.resized(config.image_size or examples.size)
+    if config.augmentation == "random_resized_crop" or config.image_size is not None:
+        raise TwofoldError(
+            f"DataConfig.augmentation {config.augmentation!r} and image_size {config.image_size} do not fit: "
+            f"the examples of {config.name} are in memory, all of one size; take augmentation none or flip_crop, and "
+            "image_size None."
+        )
+    return TensorPair(_pool(config, _scale(source, examples.inputs)), examples.targets)
 
 
 def _scale(source: Source, inputs: Tensor) -> Tensor:
     if inputs.dtype != torch.uint8:
         return inputs
-    return (inputs.float() / 255 - source.pixel_mean) / source.pixel_std
+    mean, std = (torch.tensor(x, dtype=torch.float32).view(-1, 1, 1) for x in (source.pixel_mean, source.pixel_std))
+    return (inputs.float() / 255 - mean) / std
 
 
 def _pool(config: "DataConfig", inputs: Tensor) -> Tensor:

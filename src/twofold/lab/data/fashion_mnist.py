@@ -1,17 +1,15 @@
 """Fashion-MNIST (Xiao et al. 2017, arXiv 1708.07747): 60000 and 10000 grey images of 28x28, ten classes."""
 
-import os
-import tempfile
-import urllib.request
 from functools import lru_cache
 from hashlib import sha256
-from http.client import HTTPException
 from pathlib import Path
 
 from torch import Tensor
 
 from twofold.errors import TwofoldError
+from twofold.lab.data import pictures
 from twofold.lab.data.dataset import Source, TensorPair
+from twofold.lab.data.files import download, places
 from twofold.lab.data.idx import read_idx, read_maybe_gzipped
 
 URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"
@@ -24,23 +22,29 @@ SHA256 = {
 }
 """The four files and the SHA-256 of what is in them, decompressed: mirrors compress them differently."""
 
-_TIMEOUT_SECONDS = 30
 _MISSING = """\
 Fashion-MNIST was not found: {name} (plain or .gz) is in none of {places}.
-Get it with `twofold data fetch fashion-mnist`, or `apt-get install dataset-fashion-mnist`, or put its four IDX files
-into a directory and name that with --data-dir or TWOFOLD_DATA."""
-_NO_DOWNLOAD = """\
-Fashion-MNIST could not be fetched from {url}: {error}.
+Get it with `twofold data fetch fashion-mnist`, or `apt-get install dataset-fashion-mnist`, or put its four IDX files,
+or train/<class>/*.png and test/<class>/*.png, or a Hugging Face copy of it, into a directory "fashion-mnist" of the one
+that --data-dir or TWOFOLD_DATA names."""
+_NO_NETWORK = """\
 Without a network, copy its four IDX files into {directory}, or install Debian's package dataset-fashion-mnist."""
 
 
 def load_source(data_dir: Path | None = None) -> Source:
     """Read the four IDX files from `data_dir`, $TWOFOLD_DATA or Debian's package: the first that has one.
 
+    Where none has, pictures are read from the folder "fashion-mnist" there, as `pictures.find` does.
+
     Raises:
         TwofoldError: a file is found nowhere, or is damaged, or images and labels do not belong together.
     """
-    paths = [_find(name, data_dir) for name in SHA256]
+    try:
+        paths = [_find(name, data_dir) for name in SHA256]
+    except TwofoldError:
+        if (found := pictures.find("fashion-mnist", data_dir)) is None:
+            raise
+        return _source(*(TensorPair(*found.in_memory(split, "L", 28)) for split in ("train", "test")))
     return _read(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths))
 
 
@@ -53,7 +57,15 @@ def fetch(directory: Path, url: str = URL) -> None:
     for name, digest in SHA256.items():
         target = directory / f"{name}.gz"
         if not target.exists() or _content_digest(target) != digest:
-            _download(f"{url}/{name}.gz", target, digest)
+            otherwise = _NO_NETWORK.format(directory=directory)
+            download(
+                f"{url}/{name}.gz",
+                target,
+                digest,
+                data_set="Fashion-MNIST",
+                otherwise=otherwise,
+                digest=_content_digest,
+            )
 
 
 def _content_digest(path: Path) -> str:
@@ -63,50 +75,24 @@ def _content_digest(path: Path) -> str:
         return "none, for it does not decompress"
 
 
-def _download(url: str, target: Path, digest: str) -> None:
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    except OSError as error:
-        raise TwofoldError(f"{target.parent} cannot be written to: {error.strerror or error}.") from error
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file, urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as response:
-            while chunk := response.read(1 << 20):
-                file.write(chunk)
-        if (came := _content_digest(temporary)) != digest:
-            raise TwofoldError(f"{url} did not give {target.name}: SHA-256 of its content {came}, expected {digest}.")
-        temporary.chmod(0o644)  # mkstemp made it private
-        temporary.replace(target)
-    except (OSError, HTTPException) as error:
-        reason = getattr(error, "reason", None) or error
-        raise TwofoldError(_NO_DOWNLOAD.format(url=url, error=reason, directory=target.parent)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _find(name: str, data_dir: Path | None) -> Path:
-    environment = os.environ.get("TWOFOLD_DATA")
-    roots = [Path(root) for root in (data_dir, environment) if root]
-    places = [place for root in roots for place in (root, root / "fashion-mnist")] + [DEBIAN]
-    for place in places:
+    looked_in = [*places("fashion-mnist", data_dir), DEBIAN]
+    for place in looked_in:
         for path in (place / name, place / f"{name}.gz"):
             if path.is_file():
                 return path
-    raise TwofoldError(_MISSING.format(name=name, places=", ".join(map(str, places))))
+    raise TwofoldError(_MISSING.format(name=name, places=", ".join(map(str, looked_in))))
 
 
 @lru_cache(maxsize=1)
 def _read(files: tuple[tuple[Path, int, int], ...]) -> Source:
     """Read once a process; size and time of change are part of the key, so that a replaced file is read anew."""
     images, labels, test_images, test_labels = (path for path, _, _ in files)
-    return Source(
-        train=_pair(images, labels),
-        test=_pair(test_images, test_labels),
-        num_classes=10,
-        pixel_mean=0.2860,
-        pixel_std=0.3530,
-    )
+    return _source(_pair(images, labels), _pair(test_images, test_labels))
+
+
+def _source(train: TensorPair, test: TensorPair) -> Source:
+    return Source(train, test, num_classes=10, pixel_mean=0.2860, pixel_std=0.3530)
 
 
 def _pair(image_path: Path, label_path: Path) -> TensorPair:

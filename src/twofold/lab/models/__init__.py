@@ -9,18 +9,22 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from twofold.lab.models import conv, mlp, transformer, wideresnet
+from twofold.lab.models import conv, mlp, resnet, transformer, wideresnet
 from twofold.lab.models.layers import ACTIVATIONS, NORMS
 
 if TYPE_CHECKING:
     from twofold.lab.config import ModelConfig
 
-__all__ = ["ACTIVATIONS", "MODELS", "NORMS", "build"]
+__all__ = ["ACTIVATIONS", "MODELS", "NORMS", "RESNET_DEPTHS", "build"]
+
+RESNET_DEPTHS = tuple(resnet.BLOCKS)
+"""Depths that a ResNet may have."""
 
 MODELS: Mapping[str, Callable[["ModelConfig", Sequence[int], int], nn.Module]] = {
     "mlp": mlp.build,
     "conv": conv.build,
     "wideresnet": wideresnet.build,
+    "resnet": resnet.build,
     "transformer": transformer.build,
 }
 """Every model: its name and what builds it from (config, input_shape, num_classes)."""

@@ -1,0 +1,112 @@
+"""From a configuration to the optimiser, the regularizer and what stands in place of `loss.backward()`."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from twofold.activations import gaussian, second_derivative
+from twofold.errors import TwofoldError
+from twofold.lab.config import OptimizerConfig, RegularizerConfig
+from twofold.regularizers import (
+    ASAM,
+    GSAM,
+    SAM,
+    USAM,
+    WSAM,
+    EigenSAM,
+    FriendlySAM,
+    GaussNewtonTrace,
+    GradientPenalty,
+    HessianTrace,
+    LookSAM,
+    Regularizer,
+    WeightNoise,
+)
+from twofold.regularizers.ranks import Ranks
+from twofold.types import ProcessGroup
+
+_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+
+Backward = Callable[[nn.Module, Callable[[Tensor, Tensor], Tensor], tuple[Tensor, Tensor]], Tensor]
+"""backward(model, loss_fn, (inputs, targets)) -> loss: adds its gradient to .grad, as `Regularizer.backward` does."""
+
+_CONSTRUCTORS: Mapping[str, tuple[Callable[..., Any], str]] = {
+    "sam": (SAM, "rho"),
+    "usam": (USAM, "rho"),
+    "asam": (ASAM, "rho"),
+    "wsam": (WSAM, "rho"),
+    "eigen_sam": (EigenSAM, "rho"),
+    "gsam": (GSAM, "rho"),
+    "friendly_sam": (FriendlySAM, "rho"),
+    "look_sam": (LookSAM, "rho"),
+    "gradient_penalty": (GradientPenalty, "rho"),
+    "weight_noise": (WeightNoise, "sigma"),
+    "hessian_trace": (HessianTrace, "strength"),
+    "gauss_newton_trace": (GaussNewtonTrace, "strength"),
+}
+"""Every regularizer by name, and which argument the configuration's strength is."""
+
+
+def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """The base optimiser over all parameters; those of norms are a group of their own where they do not decay."""
+    norms = {id(p) for module in model.modules() if isinstance(module, _NORMS) for p in module.parameters()}
+    decayed = [p for p in model.parameters() if config.decay_norms or id(p) not in norms]
+    groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": config.weight_decay}]
+    if not config.decay_norms:
+        groups.append({"params": [p for p in model.parameters() if id(p) in norms], "weight_decay": 0.0})
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr, fused=True)
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
+
+
+def build_regularizer(config: RegularizerConfig, group: ProcessGroup = None) -> Regularizer | None:
+    """The regularizer of `config`, over the ranks of a group; None for plain training.
+
+    Raises:
+        TwofoldError: the regularizer does not take these options.
+    """
+    if config.name == "none":
+        return None
+    constructor, strength = _CONSTRUCTORS[config.name]
+    try:
+        return constructor(**{strength: config.strength, "group": group}, **dict(config.options))
+    except TypeError as error:
+        raise TwofoldError(f"RegularizerConfig.options do not fit {config.name}: {error}.") from error
+
+
+def build_backward(config: RegularizerConfig, regularizer: Regularizer | None, group: ProcessGroup = None) -> Backward:
+    """What stands in place of `loss.backward()`: the regularizer, with phi'' as its configuration says."""
+    if regularizer is None:
+        return _plain_backward(group)
+    beta = config.second_derivative_beta
+    if beta is None:
+        return regularizer.backward
+    replacement = 0 if beta == 0 else gaussian(beta=beta)
+
+    def backward(model: nn.Module, loss_fn: Callable, batch: tuple[Tensor, Tensor]) -> Tensor:
+        with second_derivative(replacement):
+            return regularizer.backward(model, loss_fn, batch)
+
+    return backward
+
+
+def _plain_backward(group: ProcessGroup) -> Backward:
+    """`loss.backward()`, and the mean of the gradients over the ranks."""
+    ranks = Ranks(group, "global")
+
+    def backward(model: nn.Module, loss_fn: Callable, batch: tuple[Tensor, Tensor]) -> Tensor:
+        inputs, targets = batch
+        loss = loss_fn(model(inputs), targets)
+        with torch.autocast(inputs.device.type, enabled=False):  # derivatives keep the forward pass's precision
+            loss.backward()
+        if ranks.size > 1:
+            parameters = list(model.parameters())
+            for parameter, gradient in zip(
+                parameters, ranks.mean([p.grad for p in parameters], parameters), strict=True
+            ):
+                parameter.grad = None if gradient is None else torch.empty_like(parameter).copy_(gradient)
+        return loss.detach()
+
+    return backward
