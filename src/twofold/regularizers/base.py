@@ -25,6 +25,7 @@ from twofold.regularizers.memory import Memory
 from twofold.regularizers.microbatches import joined
 from twofold.regularizers.passes import ModelPasses, ModelState, Passes, RandomSources
 from twofold.regularizers.ranks import Ascent, Ranks, group_of, same_buffers
+from twofold.regularizers.saved_weights import SavedWeights
 from twofold.regularizers.surrogate import loss_that_hands_on
 from twofold.types import Forward, LossFn, Params, ProcessGroup
 
@@ -80,6 +81,7 @@ class Regularizer(ABC):
         skipped: how many gradients were not finite and so were left out.
         steps: how many steps of the attached optimiser have been made; without one, each backward counts as a step.
         memory: what is kept from one step to the next.
+        saved_weights: where the weights are while they are perturbed.
     """
 
     params: Params = field(default=None, repr=False)
@@ -92,6 +94,7 @@ class Regularizer(ABC):
     skipped: int = field(default=0, init=False, repr=False)
     steps: int = field(default=0, init=False, repr=False)
     memory: Memory = field(default_factory=Memory, init=False, repr=False)
+    saved_weights: SavedWeights = field(default_factory=SavedWeights, init=False, repr=False)
     _optimizer: Optimizer | None = field(default=None, init=False, repr=False)
     _hook: RemovableHandle | None = field(default=None, init=False, repr=False)
     _diagnostics: dict[str, Tensor | float] = field(default_factory=dict, init=False, repr=False)
@@ -160,7 +163,7 @@ class Regularizer(ABC):
         self.steps += 1
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_optimizer": None, "_hook": None}
+        return {**self.__dict__, "saved_weights": SavedWeights(), "_optimizer": None, "_hook": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         if self.group is not None:
@@ -305,6 +308,7 @@ class Regularizer(ABC):
                         start=before.random.shared if piece is pieces[0] else None,
                         ranks=Ranks(group, self.ascent),
                         linear=self.linear,
+                        saved=self.saved_weights,
                         counted=len(pieces) > 1,
                     )
                     for piece in pieces

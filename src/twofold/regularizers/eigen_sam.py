@@ -2,7 +2,6 @@
 
 import contextlib
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,7 +14,7 @@ from twofold.parameters import ParameterLayout, dot, norm
 from twofold.regularizers.base import TINY, Direction, check_strength
 from twofold.regularizers.gradients import Gradients
 from twofold.regularizers.passes import Passes
-from twofold.regularizers.sam import SAM, Rho
+from twofold.regularizers.sam import SAM, Rho, Uphill, scaled_by
 
 _TOLERANCE = 1e-3
 _MAX_MATVECS = 100
@@ -67,7 +66,7 @@ class EigenSAM(SAM):
         """Do the same with the eigenvector that is known."""
         return self.direction(passes)
 
-    def perturbation(self, passes: Passes, gradient: list[Tensor], size: float, radii: list[float]) -> Sequence[Tensor]:
+    def uphill(self, passes: Passes, gradient: list[Tensor], size: float, radii: list[float]) -> Uphill:
         """Return rho u."""
         self.memory.fit(passes.chosen)
         found_at = self.memory.kept_at
@@ -77,12 +76,12 @@ class EigenSAM(SAM):
                 self.memory.keep(self._top_eigenvector(passes), self.steps)
         v = self.memory.kept
         if self.alpha == 0 or v is None:
-            return super().perturbation(passes, gradient, size, radii)
+            return super().uphill(passes, gradient, size, radii)
         unit = torch._foreach_div(gradient, size + TINY)
         along = float(dot(unit, v))
         turn = self.alpha * ((along > 0) - (along < 0))
-        turned = torch._foreach_add(torch._foreach_mul(unit, 1 - turn * along), v, alpha=turn)
-        return torch._foreach_mul(turned, radii)
+        turned = list(torch._foreach_add(torch._foreach_mul(unit, 1 - turn * along), v, alpha=turn))
+        return scaled_by(radii, turned)
 
     def combine(self, passes: Passes, gradients: Gradients, found: Direction) -> Direction:
         """Report how well the gradient is aligned with v."""

@@ -1,6 +1,5 @@
 """FriendlySAM: SAM along the part of the gradient that is this batch's own."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,7 +10,7 @@ from twofold.parameters import norm
 from twofold.regularizers.base import Direction, check_strength
 from twofold.regularizers.gradients import Gradients
 from twofold.regularizers.passes import Passes
-from twofold.regularizers.sam import SAM, Rho
+from twofold.regularizers.sam import SAM, Rho, Uphill
 
 
 @dataclass(kw_only=True, eq=False)
@@ -47,13 +46,13 @@ class FriendlySAM(SAM):
         if self.decay >= 1:
             raise TwofoldError(f"decay must be less than 1; {self.decay!r} came.")
 
-    def perturbation(self, passes: Passes, gradient: list[Tensor], size: float, radii: list[float]) -> Sequence[Tensor]:
+    def uphill(self, passes: Passes, gradient: list[Tensor], size: float, radii: list[float]) -> Uphill:
         """Return rho d / ||d||."""
         self.memory.fit(passes.chosen)
         if self.memory.kept is not None:
             gradient = list(torch._foreach_sub(gradient, self.memory.kept, alpha=self.subtract))
             size = float(norm(gradient))
-        return super().perturbation(passes, gradient, size, radii)
+        return super().uphill(passes, gradient, size, radii)
 
     def combine(self, passes: Passes, gradients: Gradients, found: Direction) -> Direction:
         """Let the average have the gradient at theta."""

@@ -107,7 +107,7 @@ class GradientPenalty(Regularizer):
         found: dict[str, Tensor | float] = {"gradient_norm": size, "penalty": self.rho * size**self.p}
         if not 0 < size < math.inf:
             return Direction(loss, gradients, found)
-        moved_loss, moved = passes.gradient(torch._foreach_mul(chosen, self.radius / (size + TINY)))
+        moved_loss, moved = passes.gradient(chosen, self.radius / (size + TINY))
         found |= {"perturbation_norm": self.radius, "loss_rise": moved_loss - loss}
         mixed = torch._foreach_lerp(chosen, passes.of_chosen(moved), self._factor(size) / self.radius)
         return Direction(loss, passes.with_chosen(gradients, mixed), found)

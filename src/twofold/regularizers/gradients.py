@@ -16,6 +16,8 @@ def add_scaled(known: Tensor | None, new: Tensor | None, factor: float) -> Tenso
     """Return known + factor * new, either of which may be missing."""
     if new is None:
         return known
+    if known is None and factor == 1:
+        return new
     return new * factor if known is None else known.add(new, alpha=factor)
 
 

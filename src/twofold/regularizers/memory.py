@@ -35,11 +35,11 @@ class Memory:
         self.kept_at = step
 
     def add(self, tensors: Sequence[Tensor], weight: float) -> None:
-        """Add what one backward pass gives; what is not finite is left out."""
+        """Add what one backward pass gives, to be changed by nobody afterwards; what is not finite is left out."""
         if not norm(tensors).isfinite():
             return
         if self.arrived is None:
-            self.arrived = list(torch._foreach_mul(list(tensors), weight))
+            self.arrived = list(tensors if weight == 1 else torch._foreach_mul(list(tensors), weight))
         else:
             self.arrived = list(torch._foreach_add(self.arrived, list(tensors), alpha=weight))
         self.weight += weight

@@ -264,8 +264,8 @@ class ClosurePasses(Passes):
         start: RandomState,
     ) -> None:
         options: dict[str, Any] = {"source": reg.generator, "share_masks": reg.share_masks, "start": start}
-        ranks = Ranks(reg.group, reg.ascent)
-        super().__init__(parameters, chosen, names=names, ranks=ranks, linear=reg.linear, **options)
+        options |= {"ranks": Ranks(reg.group, reg.ascent), "linear": reg.linear, "saved": reg.saved_weights}
+        super().__init__(parameters, chosen, names=names, **options)
         self._closure = closure
         self._reg = reg
         self._before: list[tuple[Tensor, Tensor]] = []

@@ -36,6 +36,7 @@ from twofold.regularizers.autocast import Autocast
 from twofold.regularizers.gradients import Gradients, unscaled
 from twofold.regularizers.ranks import Ranks
 from twofold.regularizers.recorded import JetGraph, LossGraph, Recorded
+from twofold.regularizers.saved_weights import SavedWeights
 from twofold.types import Forward, LossFn
 
 
@@ -67,6 +68,7 @@ class Passes(ABC):
         ranks: the ranks that make this step together, each over a batch of its own.
         linear: whether what the algorithm hands on is linear in the loss, so that a mean over ranks at the end is
             enough.
+        saved: where the weights are kept while they are perturbed.
 
     Attributes:
         parameters: every trainable parameter.
@@ -85,6 +87,7 @@ class Passes(ABC):
         start: RandomState | None = None,
         ranks: Ranks | None = None,
         linear: bool = False,
+        saved: SavedWeights | None = None,
     ) -> None:
         self.parameters = list(parameters)
         self.ranks = ranks or Ranks(None, "global")
@@ -94,6 +97,7 @@ class Passes(ABC):
         self._source = source
         self._share_masks = share_masks
         self._start = start
+        self._saved = saved or SavedWeights()
         self._after: RandomState | None = None
         self._begun = False
 
@@ -156,13 +160,13 @@ class Passes(ABC):
     def _mean(self, gradients: Gradients) -> Gradients:
         return self.ranks.mean(gradients, self.parameters, counts=self.has_terms) if self.shared else gradients
 
-    def gradient(self, perturbation: Sequence[Tensor] | None = None) -> tuple[Tensor, Gradients]:
-        """Return the loss and its gradient at theta, or at theta + perturbation over the chosen parameters.
+    def gradient(self, perturbation: Sequence[Tensor] | None = None, factor: float = 1.0) -> tuple[Tensor, Gradients]:
+        """Return the loss and its gradient at theta, or at theta + factor * perturbation over the chosen parameters.
 
         The gradient is the mean over the ranks that perturb alike; the loss is this rank's. The weights come back from
         a saved copy, bit for bit, also when the pass raises.
         """
-        with self._perturbed(perturbation):
+        with self._perturbed(perturbation, factor):
             if not self._begun:
                 self._begin()
                 loss, gradients = self._first_pass()
@@ -242,19 +246,15 @@ class Passes(ABC):
         self._after.restore(since=self._start)
 
     @contextmanager
-    def _perturbed(self, perturbation: Sequence[Tensor] | None) -> Iterator[None]:
+    def _perturbed(self, perturbation: Sequence[Tensor] | None, factor: float) -> Iterator[None]:
         if perturbation is None:
             yield
             return
         weights: list[Tensor] = [weight.detach() for weight in self.chosen]
-        saved = [weight.clone() for weight in weights]
-        try:
+        with self._saved.kept(weights):
             with torch.no_grad():
-                torch._foreach_add_(weights, list(perturbation))
+                torch._foreach_add_(weights, list(perturbation), alpha=factor)
             yield
-        finally:
-            with torch.no_grad():
-                torch._foreach_copy_(weights, saved)
 
     @abstractmethod
     def _first_pass(self) -> tuple[Tensor, Gradients]: ...
@@ -288,7 +288,7 @@ class ModelPasses(Passes):
         forward: forward(model, batch) -> (outputs, targets).
         scale: the factor of a gradient scaler; each backward pass runs on the scaled loss.
         counted: whether to count the terms of the loss, as is needed of a piece of a batch.
-        parameters, chosen, names, source, share_masks, start, ranks, linear: as in `Passes`.
+        parameters, chosen, names, source, share_masks, start, ranks, linear, saved: as in `Passes`.
 
     Attributes:
         outputs: what the model returned in the first pass.
@@ -311,10 +311,11 @@ class ModelPasses(Passes):
         start: RandomState | None = None,
         ranks: Ranks | None = None,
         linear: bool = False,
+        saved: SavedWeights | None = None,
         counted: bool = False,
     ) -> None:
         options = {"source": source, "share_masks": share_masks, "start": start, "ranks": ranks, "linear": linear}
-        super().__init__(parameters, chosen, names=names, **options)
+        super().__init__(parameters, chosen, names=names, saved=saved, **options)
         self.model = model
         self.count = 1.0
         self._counted = counted

@@ -17,6 +17,16 @@ from twofold.regularizers.passes import Passes
 Rho: TypeAlias = float | Mapping[str, float] | Callable[[int], float]
 """A number; numbers by glob pattern of parameter names, of which the first that matches holds; or a schedule."""
 
+Uphill: TypeAlias = tuple[list[Tensor], float]
+"""A step over the chosen parameters: a direction, and the factor that it is taken with."""
+
+
+def scaled_by(factors: Sequence[float], direction: list[Tensor]) -> Uphill:
+    """Scale each part of a direction; a factor that all share costs no copy."""
+    if len(set(factors)) == 1:
+        return direction, factors[0]
+    return list(torch._foreach_mul(direction, list(factors))), 1.0
+
 
 @dataclass(kw_only=True, eq=False)
 class SAM(Regularizer):
@@ -60,11 +70,11 @@ class SAM(Regularizer):
         radii = self.radii(passes)
         if not any(radii) or not passes.everywhere(0 < size < math.inf):
             return Direction(loss, gradients, {"gradient_norm": size, "perturbation_norm": 0.0, "loss_rise": 0.0})
-        perturbation = self.perturbation(passes, chosen, size, radii)
-        perturbed_loss, perturbed = passes.gradient(perturbation)
+        uphill, factor = self.uphill(passes, chosen, size, radii)
+        perturbed_loss, perturbed = passes.gradient(uphill, factor)
         diagnostics: dict[str, Tensor | float] = {
             "gradient_norm": size,
-            "perturbation_norm": norm(perturbation),
+            "perturbation_norm": factor * (size if uphill is chosen else norm(uphill)),
             "loss_rise": perturbed_loss - loss,
         }
         return self.combine(passes, gradients, Direction(loss, perturbed, diagnostics))
@@ -86,8 +96,8 @@ class SAM(Regularizer):
             f"rho: none of the patterns {', '.join(map(repr, rho))} matches {name!r}; add '*' as the last."
         )
 
-    def perturbation(self, passes: Passes, gradient: list[Tensor], size: float, radii: list[float]) -> Sequence[Tensor]:
-        """Return the step uphill.
+    def uphill(self, passes: Passes, gradient: list[Tensor], size: float, radii: list[float]) -> Uphill:
+        """Return the step uphill, a direction and its factor.
 
         Args:
             passes: the batch, for the chosen parameters and their names.
@@ -95,7 +105,7 @@ class SAM(Regularizer):
             size: its norm.
             radii: rho of each chosen parameter.
         """
-        return torch._foreach_mul(gradient, [rho / (size + TINY) for rho in radii])
+        return scaled_by([rho / (size + TINY) for rho in radii], gradient)
 
     def combine(self, passes: Passes, gradients: Gradients, found: Direction) -> Direction:
         """Return what is handed on, given the gradients at theta and what was found uphill."""
@@ -124,9 +134,9 @@ class USAM(SAM):
 
     rho: Rho
 
-    def perturbation(self, passes: Passes, gradient: list[Tensor], size: float, radii: list[float]) -> Sequence[Tensor]:
+    def uphill(self, passes: Passes, gradient: list[Tensor], size: float, radii: list[float]) -> Uphill:
         """Return rho g."""
-        return torch._foreach_mul(gradient, radii)
+        return scaled_by(radii, gradient)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -160,11 +170,11 @@ class ASAM(SAM):
         super().__post_init__()
         check_strength("eta", self.eta)
 
-    def perturbation(self, passes: Passes, gradient: list[Tensor], size: float, radii: list[float]) -> Sequence[Tensor]:
+    def uphill(self, passes: Passes, gradient: list[Tensor], size: float, radii: list[float]) -> Uphill:
         """Return rho T^2 g / ||T g||."""
         scales = [
             torch.ones_like(weight) if name.endswith("bias") else weight.detach().abs() + self.eta
             for name, weight in zip(passes.chosen_names, passes.chosen, strict=True)
         ]
         scaled = torch._foreach_mul(gradient, scales)
-        return super().perturbation(passes, list(torch._foreach_mul(scaled, scales)), float(norm(scaled)), radii)
+        return super().uphill(passes, list(torch._foreach_mul(scaled, scales)), float(norm(scaled)), radii)

@@ -119,7 +119,7 @@ class HessianTrace(Regularizer):
         step = _step(passes.chosen)
         total, trace = list(gradients), 0.0
         for probe in probes:
-            moved = [passes.gradient(torch._foreach_mul(probe, sign * step)) for sign in (1.0, -1.0)]
+            moved = [passes.gradient(probe, sign * step) for sign in (1.0, -1.0)]
             trace = trace + (moved[0][0] + moved[1][0] - 2 * loss) / step**2 / len(probes)
             factor = self.strength / step**2 / len(probes)
             bends = map(_second_difference, moved[0][1], gradients, moved[1][1])

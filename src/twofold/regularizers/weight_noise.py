@@ -67,14 +67,14 @@ class WeightNoise(Regularizer):
             noise = [self._draw(weight.detach(), generator) for weight in passes.chosen]
             sizes.append(norm(noise))
             for sign in signs:
-                loss, gradients = passes.gradient(noise if sign > 0 else torch._foreach_neg(noise))
+                loss, gradients = passes.gradient(noise, sign)
                 losses.append(loss)
                 mean = [add_scaled(a, b, share) for a, b in zip(mean, gradients, strict=True)]
         return Direction(torch.stack(losses).mean(), mean, {"perturbation_norm": torch.stack(sizes).mean()})
 
     def _draw(self, weight: Tensor, generator: torch.Generator) -> Tensor:
         noise = torch.randn(weight.shape, generator=generator, device=generator.device, dtype=weight.dtype)
-        noise = noise.to(weight.device) * self.sigma
+        noise = noise.to(weight.device).mul_(self.sigma)
         if self.scale == "isotropic":
             return noise
         if self.scale == "multiplicative":
