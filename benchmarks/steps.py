@@ -76,7 +76,10 @@ def rows(name: str) -> list[dict[str, float | str | None]]:
 
 def table(names: list[str]) -> Table:
     """Steps of every model."""
-    notes = ["Peak memory is what a step allocates above weights, momentum and gradients of the step before."]
+    notes = [
+        "Peak memory is what a step allocates above what stands before it: weights, momentum, gradients of the step "
+        "before, and with methods that perturb weights the room for a copy of them, which stays from step to step."
+    ]
     return Table("steps", [row for name in names for row in rows(name)], notes)
 
 
