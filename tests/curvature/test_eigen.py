@@ -112,6 +112,32 @@ def test_matrices_of_a_model(case, part, float64):
     check_pairs(dense, twofold.eigsh(operator, 4, which="LM", block_size=2, basis_size=12), "LM")
 
 
+SCALES = [(torch.float64, 1e-280), (torch.float64, 1e-200), (torch.float64, 1e200), (torch.float64, 1e300)]
+SCALES += [(torch.float32, 1e-30), (torch.float32, 1e30), (torch.float32, 1e36)]
+
+
+@pytest.mark.parametrize(("dtype", "scale"), SCALES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"block_size": 2}, {"basis_size": 12}, {"basis_size": 200}], ids=str)
+def test_the_scale_of_a_matrix_does_not_matter(dtype, scale, options):
+    A = symmetric(torch.cat([torch.tensor([20.0, 10, 5, 5, -7]), torch.linspace(0, 1e-3, 150)]))
+    tol = 1e-8 if dtype == torch.float64 else 1e-5
+    found = twofold.eigsh((A * scale).to(dtype), 5, which="LM", **options)
+    assert found.converged
+    np.testing.assert_allclose(found.values.double() / scale, [-7, 5, 5, 10, 20], atol=20 * tol)
+    vectors, values = found.vectors.double(), found.values.double() / scale
+    assert (vectors.T @ vectors - torch.eye(5)).abs().max() < 100 * torch.finfo(dtype).eps
+    assert (torch.linalg.vector_norm(A @ vectors - vectors * values, dim=0) <= found.residuals.double() / scale).all()
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float64, 1e-310), (torch.float32, 1e-40)], ids=str)
+def test_what_is_too_small_for_its_dtype_is_told(dtype, scale):
+    A = symmetric(torch.cat([torch.tensor([20.0, 10, 5, 5, -7]), torch.linspace(0, 1e-3, 150)]))
+    with pytest.warns(TwofoldWarning, match=f"too small for {dtype}"):
+        found = twofold.eigsh((A * scale).to(dtype), 3)
+    assert not found.converged
+    assert ((found.values - torch.tensor([5.0, 10, 20]) * scale).abs() <= found.residuals).all()
+
+
 def test_what_counts_as_an_operator():
     A = symmetric(torch.cat([torch.tensor([9.0, 4, -7]), torch.linspace(-1, 1, 97)]))
     only_vectors = LinearOperator(A.shape, matvec=lambda v: A.numpy() @ v, dtype=np.float64)

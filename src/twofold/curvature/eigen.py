@@ -221,21 +221,25 @@ def _result(krylov: Krylov, k: int, tol: float, max_matvecs: int) -> Eigenpairs:
     for vector in vectors:
         vector.div_(norm_of(vector))
     values, residuals = torch.empty(k, dtype=torch.float64), []
-    rounding = ROUNDING * krylov.matrix.eps * krylov.scale
     for i, rows in enumerate(vectors.split(krylov.block_size)):
         for j, (row, product) in enumerate(zip(rows, krylov.multiply(rows), strict=True), i * krylov.block_size):
-            values[j] = dot_of(row, product)
-            residuals.append(norm_of_difference(product, values[j].item(), row) + rounding)
+            unit = krylov.brought_into_range(product)
+            value = dot_of(row, product)
+            values[j] = unit * value
+            residuals.append(unit * norm_of_difference(product, value, row) + krylov.rounding)
     ascending = values.argsort(stable=True)
     bounds = torch.tensor(residuals, dtype=torch.float64)
     limit = tol * krylov.scale
     converged = bool((bounds <= limit).all())
     if not converged:
+        remedy = "Raise max_matvecs or basis_size, ask for fewer pairs, or pass a larger tol."
+        if 0 < limit < 2 * krylov.matrix.underflow:
+            remedy = f"The products are too small for {vectors.dtype}: scale the operator up, or use a wider dtype."
         warnings.warn(
             TwofoldWarning(
                 f"eigsh: {int((bounds > limit).sum())} of {k} eigenpairs did not converge: residuals up to "
                 f"{bounds.max():.2g}, wanted {limit:.2g}, after {krylov.num_matvecs} products (max_matvecs = "
-                f"{max_matvecs}). Raise max_matvecs or basis_size, ask for fewer pairs, or pass a larger tol."
+                f"{max_matvecs}). {remedy}"
             ),
             stacklevel=3,
         )

@@ -148,9 +148,10 @@ class Krylov:
         torch.eye(len(self.T), out=self.basis.rows)
         self.basis.size = len(self.T)
         products = torch.cat([self.multiply(rows) for rows in self.basis.rows.split(self.block_size)])
-        self.scale = torch.linalg.vector_norm(products, dim=1, dtype=torch.float64).max().item()
-        self._check_symmetric((products - products.T).abs().max().item())
-        self.T = (products + products.T).double().cpu() / 2
+        unit = self.brought_into_range(products)
+        self.scale = unit * torch.linalg.vector_norm(products, dim=1, dtype=torch.float64).max().item()
+        self._check_symmetric(unit * (products - products.T).abs().max().item())
+        self.T = unit * (products.double() + products.T).cpu() / 2
         self.done = self.basis.size
 
     def multiply(self, rows: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:
@@ -161,6 +162,20 @@ class Krylov:
         self.num_matvecs += len(rows)
         return products
 
+    def brought_into_range(self, products: Float[Tensor, "*K P"]) -> float:
+        """Divide products in place by a power of two, which is returned, where squares of them would leave the range.
+
+        It is 1 for all but tiny and huge ones. The scale tells which, and the largest entry as long as there is none.
+        """
+        size = self.scale or products.abs().max().item()
+        limits = torch.finfo(products.dtype)
+        if size == 0 or limits.tiny ** (1 / 3) < size < limits.max ** (1 / 3):
+            return 1.0
+        exponent = math.frexp(size)[1]
+        for part in (exponent // 2, exponent - exponent // 2):  # 2^-exponent may be out of range itself
+            products *= 2.0**-part
+        return 2.0**exponent
+
     def step(self) -> bool:
         """Multiply the pending block and append what is new; False if the whole space is spanned already."""
         if not self.pending and not self.basis.append_random():
@@ -168,23 +183,30 @@ class Krylov:
         block = range(self.done, self.basis.size)
         products = self.multiply(self.basis.rows[block.start : block.stop])
         for row, product in zip(block, products, strict=True):
+            unit = self.brought_into_range(product)
             coefficients, left = self.basis.orthogonalise(product, self._leans_on[row])
-            size = len(coefficients)
-            self.scale = max(self.scale, math.hypot(norm_of(coefficients), left))
+            size, reached = len(coefficients), unit * math.hypot(norm_of(coefficients), left)
+            coefficients *= unit
+            self.scale = max(self.scale, reached)
             if row:
                 self._check_symmetric((coefficients[:row] - self.T[row, :row]).abs().max().item())
             self.T[row, :size] = self.T[:size, row] = coefficients
-            if left > ROUNDING * self.matrix.eps * self.scale and size < len(self.T):
+            if unit * left > ROUNDING * self.matrix.eps * self.scale and size < len(self.T):
                 self._leans_on[size] = row
                 self.basis.append(product, left)
-                self.T[row, size] = self.T[size, row] = left
+                self.T[row, size] = self.T[size, row] = unit * left
         self.done = block.stop
         return True
 
+    @property
+    def rounding(self) -> float:
+        """How far rounding, or underflow, may move a product with a unit vector."""
+        return ROUNDING * self.matrix.eps * self.scale + (self.matrix.underflow if self.scale else 0.0)
+
     def _check_symmetric(self, difference: float) -> None:
         """Compare v_i'A v_j with v_j'A v_i, known from before."""
-        allowed = (10 * math.sqrt(self.matrix.eps) + self.locked_residual) * self.scale
-        if difference > allowed + torch.finfo(self.matrix.dtype).tiny:
+        allowed = (10 * math.sqrt(self.matrix.eps) + self.locked_residual) * self.scale + self.matrix.underflow
+        if difference > allowed:
             raise TwofoldError(
                 f"{self.matrix.name} is not symmetric: u'Av and v'Au differ by {difference:.2g} for unit "
                 f"vectors u and v, where ||Av|| reaches {self.scale:.2g}. Lanczos needs A = A'; pass (A + A') / 2 if "
@@ -194,8 +216,9 @@ class Krylov:
     def ritz(self, locked: int = 0) -> tuple[Float[Tensor, "n"], Float[Tensor, "n n"], Float[Tensor, "n"]]:
         """Ritz values (ascending) of the rows from `locked` on, their vectors, and the norms of their residuals."""
         values, mixing = torch.linalg.eigh(self.T[locked : self.done, locked : self.done])
-        coupling = self.T[self.done : self.basis.size, locked : self.done] @ mixing
-        return values, mixing, torch.linalg.vector_norm(coupling, dim=0)
+        unit = self.scale or 1.0  # squares of what is huge or tiny leave the range
+        coupling = self.T[self.done : self.basis.size, locked : self.done] / unit @ mixing
+        return values, mixing, unit * torch.linalg.vector_norm(coupling, dim=0)
 
     def restart(self, mixing: Float[Tensor, "n kept"], *, locked: int = 0) -> None:
         """Go on from the first `locked` rows, combinations of those that follow, and the pending block."""

@@ -1,5 +1,6 @@
 """Anything square with .shape and @, whatever library it speaks, as a map from torch vectors to torch vectors."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ class LinearMap:
         dtype: of the vectors: the operator's own, in float32 at least; float64 for integers.
         device: of the vectors: the operator's own, or the CPU.
         eps: the relative precision of a product: that of the operator's dtype if it computes in half precision.
+        underflow: by how much, in norm, a product may be wrong through numbers too small for its dtype.
         name: the operator's class, for messages.
         group: the process group whose ranks take each product together, if the operator has one.
 
@@ -51,7 +53,10 @@ class LinearMap:
             taken = self.dtype
         self._taken = taken
         self._operator = operator
-        self.eps = torch.finfo(taken).eps
+        limits = torch.finfo(taken)
+        self.eps = limits.eps
+        # Kernels may flush what is below the normal numbers to zero; those of half precision add up in float32.
+        self.underflow = math.sqrt(self.shape[0]) * limits.tiny * (limits.eps if limits.bits < 32 else 1.0)
         self.group = getattr(operator, "group", None)
 
     def __matmul__(self, vectors: Float[Tensor, "P *K"]) -> Float[Tensor, "P *K"]:
