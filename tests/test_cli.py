@@ -258,6 +258,8 @@ def test_measure_the_example(run, monkeypatch):
         ("own.py:nothing", "returned NoneType"),
         ("own.py:broken", "raised ZeroDivisionError"),
         ("own.py:needy", "missing 1 required positional argument"),
+        ("own.py:", "'own.py:' names no function; expected a run's directory, module:function or file.py:function"),
+        (":good", "':good' names no module"),
         ("bad.py:f", "No module named 'nowhere_to_be_found'"),
         ("worse.py:f", "ZeroDivisionError"),
         ("nowhere", "nowhere does not exist"),

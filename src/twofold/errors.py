@@ -55,6 +55,11 @@ NOT_SCALAR = """\
 The loss is not a scalar: loss_fn(outputs, targets) gave {came}.
 Let it average (reduction="mean") or sum (reduction="sum") over its terms."""
 
+LOSS_ARGUMENTS = """\
+{name} takes ({takes}) and is called as loss_fn(outputs, targets).
+Pass a function of these two that adds the rest, loss_fn=lambda outputs, targets: ... What differs from batch to batch
+may travel in the targets: with batches (inputs, (targets, lengths)), lambda outputs, targets: f(outputs, *targets)."""
+
 NOT_FINITE = """\
 The {what} is not finite ({came}) at the present parameters{where}.
 Curvature is not defined there. Look for diverged parameters, NaN in the data, or log(0) in the loss."""
@@ -100,3 +105,5 @@ without a checkpoint, leave its parameters out with params=, or take HessianTrac
 CHECKPOINT = """\
 torch.utils.checkpoint cannot be combined with this product: {error}
 Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False); the reentrant form has no second derivative."""
+
+REENTRANT = CHECKPOINT.format(error="its reentrant form hides parameters from torch.autograd.grad.")

@@ -1,5 +1,6 @@
 """What a loss says of itself: counts, H_z, residuals; each against torch's own loss."""
 
+import re
 from functools import partial
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import twofold
 from twofold import TwofoldError
 from twofold.curvature.losses import Loss
 from twofold.curvature.torch_losses import as_loss
@@ -171,6 +173,52 @@ def test_a_subclass_of_a_loss_module_is_not_taken_for_it():
 def test_what_is_no_scalar_loss_is_refused(loss_fn, text):
     with pytest.raises(TwofoldError, match=text):
         as_loss(loss_fn)(torch.randn(6, 3), torch.randn(6, 3))
+
+
+class ThreeArguments(nn.Module):
+    def forward(self, z, y, lengths):
+        return (z - y).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "takes"),
+    [
+        (nn.CTCLoss(), "log_probs, targets, input_lengths, target_lengths"),
+        (nn.TripletMarginLoss(), "anchor, positive, negative"),
+        (nn.GaussianNLLLoss(), "input, target, var"),
+        (partial(F.cosine_embedding_loss, margin=0.1), "input1, input2, target"),
+        (ThreeArguments(), "z, y, lengths"),
+        (lambda z: z.mean(), "z"),
+    ],
+    ids=["CTC", "triplet", "Gaussian NLL", "cosine", "module", "one"],
+)
+def test_a_loss_of_other_arguments_is_refused_with_the_way_out(loss_fn, takes):
+    batch = (torch.randn(6, 4), torch.randn(6, 3))
+    questions = [
+        lambda: twofold.Curvature(nn.Linear(4, 3), loss_fn, batch).gradient(),
+        lambda: twofold.SAM(rho=0.1).backward(nn.Linear(4, 3), loss_fn, batch),
+        lambda: twofold.GradientPenalty(rho=0.1).backward(nn.Linear(4, 3), loss_fn, batch),
+    ]
+    for ask in questions:
+        with pytest.raises(TwofoldError, match=re.escape(f"takes ({takes}")) as caught:
+            ask()
+        assert "lambda outputs, targets:" in str(caught.value)
+
+
+def test_a_type_error_inside_a_loss_is_its_own():
+    with pytest.raises(TypeError, match="unsupported operand"):
+        as_loss(lambda z, y: z.mean() + "a")(torch.randn(2, 3), torch.randn(2, 3))
+
+
+def test_ctc_by_a_closure_has_a_gradient_and_is_refused_by_name_beyond_it():
+    model, x, lengths = nn.Sequential(nn.Linear(4, 5), nn.LogSoftmax(-1)), torch.randn(12, 3, 4), torch.tensor([4] * 3)
+    targets = (torch.randint(1, 5, (3, 4)), torch.tensor([12] * 3), lengths)
+    (expected,) = torch.autograd.grad(nn.CTCLoss()(model(x), *targets), model[0].bias)
+    c = twofold.Curvature(model, lambda z, t: nn.CTCLoss()(z, *t), (x, targets))
+    torch.testing.assert_close(c.gradient()[20:], expected)
+    for ask in (lambda: c.hessian @ torch.ones(25), lambda: c.traces(2), lambda: c.frobenius(2)):
+        with pytest.raises(TwofoldError, match="_ctc_loss_backward cannot be differentiated twice"):
+            ask()
 
 
 def test_no_labels_can_be_drawn_for_an_unknown_loss():

@@ -218,6 +218,39 @@ class Reentrant(OnceOnly):
         return torch.utils.checkpoint.checkpoint(self.b, torch.tanh(self.a(x)), use_reentrant=True)
 
 
+class ReentrantAtTheInput(nn.Module):
+    """The segment's input needs no gradient, so torch gives its parameters none, and a gradient of zero passes."""
+
+    def __init__(self, use_reentrant=True):
+        super().__init__()
+        self.a, self.b, self.use_reentrant = nn.Linear(4, 4), nn.Linear(4, 3), use_reentrant
+
+    def forward(self, x):
+        h = torch.utils.checkpoint.checkpoint(lambda x: torch.tanh(self.a(x)), x, use_reentrant=self.use_reentrant)
+        return self.b(h)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
+def test_a_reentrant_checkpoint_at_the_input_is_refused_unless_its_parameters_are_left_out():
+    torch.manual_seed(0)
+    batch, reentrant, plain = (
+        (torch.randn(6, 4), torch.randint(3, (6,))),
+        ReentrantAtTheInput(),
+        ReentrantAtTheInput(False),
+    )
+    plain.load_state_dict(reentrant.state_dict())
+    c = twofold.Curvature(reentrant, F.cross_entropy, batch)
+    questions = [c.gradient, lambda: c.nme @ torch.ones(35), lambda: c.traces(2), lambda: c.frobenius(2)]
+    questions += [lambda: twofold.HessianTrace(strength=1.0).backward(reentrant, F.cross_entropy, batch)]
+    for ask in questions:
+        with pytest.raises(TwofoldError, match="use_reentrant=False"):
+            ask()
+    heads = [twofold.Curvature(model, F.cross_entropy, batch, params="b.*") for model in (reentrant, plain)]
+    assert torch.equal(heads[0].hessian.to_dense(), heads[1].hessian.to_dense())
+    assert heads[0].traces(2)["hessian"] == heads[1].traces(2)["hessian"]
+    assert twofold.Curvature(plain, F.cross_entropy, batch).gradient()[:20].norm() > 0
+
+
 @pytest.mark.parametrize(
     ("model", "tokens", "text"),
     [
@@ -226,6 +259,7 @@ class Reentrant(OnceOnly):
         (Distances, False, "cdist"),
         (OnceOnly, False, "cannot be differentiated twice"),
         (Reentrant, False, "use_reentrant=False"),
+        (ReentrantAtTheInput, False, "use_reentrant=False"),
     ],
 )
 def test_operations_without_a_second_derivative_are_refused_by_name(model, tokens, text):

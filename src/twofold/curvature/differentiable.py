@@ -23,7 +23,7 @@ from twofold.activations.functions import saving_is_hooked
 from twofold.curvature.convolution import CONVOLUTIONS
 from twofold.curvature.elementwise import can_be_kept, kept
 from twofold.curvature.normalisation import NORMS
-from twofold.errors import CHECKPOINT, FSDP, NO_DOUBLE_BACKWARD, RECOMPUTED, SCRIPTED, TwofoldError
+from twofold.errors import CHECKPOINT, FSDP, NO_DOUBLE_BACKWARD, RECOMPUTED, REENTRANT, SCRIPTED, TwofoldError
 from twofold.types import Mode
 
 
@@ -239,6 +239,7 @@ class Repairs(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        refuse_hidden_segment(args, kwargs)
         hooked = saving_is_hooked()
         self.checkpointed |= hooked
         # A checkpoint recomputes its segment with torch's own operations and must find the same tensors saved.
@@ -247,6 +248,22 @@ class Repairs(TorchFunctionMode):
         if func is torch._weight_norm:
             return _weight_norm(*args, **kwargs)
         return func(*args, **kwargs)
+
+
+def refuse_hidden_segment(args: Iterable[Any], kwargs: Mapping[str, Any]) -> None:
+    """Refuse a call inside a reentrant checkpoint of what depends on parameters: no graph would show that it does.
+
+    Where no input of the segment requires a gradient, torch itself leaves the parameters inside without one.
+    """
+    if torch.is_grad_enabled():
+        return
+    if not any(isinstance(value, Tensor) and value.requires_grad for value in (*args, *kwargs.values())):
+        return
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_qualname == "CheckpointFunction.forward":
+            raise TwofoldError(REENTRANT)
+        frame = frame.f_back
 
 
 class Frugal(TorchFunctionMode):

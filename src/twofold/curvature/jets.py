@@ -25,6 +25,7 @@ from twofold.activations.functions import Call, saving_is_hooked, taken_by
 from twofold.activations.known import FUSED, PIECEWISE_LINEAR, activation_name
 from twofold.activations.second_derivative import second_derivatives_on_top
 from twofold.curvature.composites import COMPOSITES, opened, warn_of_fused
+from twofold.curvature.differentiable import refusals_named, refuse_hidden_segment
 from twofold.curvature.jet_rules import FLAT, OUT_OF_PLACE, RULES, Jet, NotCarriedError, chained
 from twofold.curvature.losses import is_differentiable
 from twofold.curvature.recording import OutputLoss
@@ -73,6 +74,7 @@ class Jets(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        refuse_hidden_segment(args, kwargs)
         if not torch.is_grad_enabled() or not (self._written or _differentiated(args) or _differentiated(kwargs)):
             return func(*args, **kwargs)
         if func in FUSED and not self._inside_fused:
@@ -288,6 +290,7 @@ def output_jets(jets: Jets, outputs: Any) -> list[Jet]:
     return [Jet(leaf, None, None) if jet is None else jet for leaf, jet in found]
 
 
+@refusals_named()
 def forms(of: Sequence[Jet], at_outputs: OutputLoss) -> dict[str, Tensor]:
     """Return z1' H_z z1 and <dl/dz, z2>."""
     tangents = [torch.zeros_like(jet.z0) if jet.z1 is None else jet.z1 for jet in of]

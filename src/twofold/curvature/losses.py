@@ -11,16 +11,17 @@ With p = softmax(z) and S_n the total target weight of term n over the batch's d
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from twofold.batches import describe
-from twofold.errors import NOT_SCALAR, TwofoldError
+from twofold.errors import LOSS_ARGUMENTS, NOT_SCALAR, TwofoldError
 from twofold.types import LossFn, Weight
 
 Residual: TypeAlias = Literal["labels", "gaussian"]
@@ -57,7 +58,7 @@ class Loss:
                 f"{describe_loss(self.loss_fn)} takes one tensor; the model's outputs are {describe(outputs)}. "
                 "Pass forward=f with f(model, batch) -> (outputs, targets) that picks it."
             )
-        value = self.loss_fn(outputs, targets)
+        value = called(self.loss_fn, outputs, targets)
         if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
             raise TwofoldError(NOT_SCALAR.format(came=describe(value)))
         return value.reshape(())
@@ -337,6 +338,27 @@ def _refuse_broadcast(loss_fn: LossFn, outputs: Tensor, targets: Tensor) -> None
 
 def _entries(outputs: Tensor, targets: Tensor) -> float:
     return float(torch.broadcast_shapes(outputs.shape, targets.shape).numel())
+
+
+def called(loss_fn: LossFn, outputs: Any, targets: Any) -> Any:
+    """Return loss_fn(outputs, targets).
+
+    Raises:
+        TwofoldError: it takes other arguments than these two.
+    """
+    try:
+        return loss_fn(outputs, targets)
+    except TypeError as error:
+        try:
+            signature = inspect.signature(loss_fn.forward if isinstance(loss_fn, nn.Module) else loss_fn)
+        except (TypeError, ValueError):
+            raise error from None
+        try:
+            signature.bind(outputs, targets)
+        except TypeError:
+            name = describe_loss(loss_fn)
+            raise TwofoldError(LOSS_ARGUMENTS.format(name=name, takes=", ".join(signature.parameters))) from error
+        raise
 
 
 def describe_loss(loss_fn: Any) -> str:

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from twofold.batches import describe
 from twofold.curvature.differentiable import refusals_named
 from twofold.curvature.losses import Loss, OutputProduct, detached_leaves, is_differentiable
-from twofold.errors import CHECKPOINT, HIDDEN_PARAMETER, LOSS_USES_PARAMETERS, TwofoldError
+from twofold.errors import HIDDEN_PARAMETER, LOSS_USES_PARAMETERS, REENTRANT, TwofoldError
 from twofold.parameters import dot
 from twofold.types import Matrix
 
@@ -276,7 +276,7 @@ def check_reached(outputs: Any, live: Mapping[str, Tensor]) -> None:
 def refuse_reentrant(tensors: Sequence[Tensor]) -> None:
     """Refuse the reentrant form of checkpointing, which hides the parameters in it from torch.autograd.grad."""
     if any(node.name().startswith("CheckpointFunction") for node in graph_nodes(tensors)):
-        raise TwofoldError(CHECKPOINT.format(error="its reentrant form hides parameters from torch.autograd.grad."))
+        raise TwofoldError(REENTRANT)
 
 
 def leaves_of(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -57,6 +57,11 @@ def load_target(text: str, *, num_examples: int | None = None, data_dir: Path | 
     if num_examples is not None:
         raise TwofoldError("--num-examples is for runs; let your function return the data to measure on.")
     place, _, name = text.rpartition(":")
+    if not place or not name:
+        missing = "function" if place else "module"
+        raise TwofoldError(
+            f"{text!r} names no {missing}; expected a run's directory, module:function or file.py:function."
+        )
     return _from_function(_function(place, name), text)
 
 

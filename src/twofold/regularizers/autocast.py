@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from twofold.curvature.losses import called
 from twofold.types import LossFn
 
 
@@ -45,6 +46,6 @@ class Autocast:
             with ExitStack() as stack:
                 for device, dtype in self._ambient.items():
                     stack.enter_context(torch.autocast(device, dtype=dtype))
-                return loss_fn(outputs, targets)
+                return called(loss_fn, outputs, targets)
 
         return under_autocast
