@@ -93,7 +93,7 @@ class Recorded:
         """Return H v, GN v or NME v, v over the chosen parameters; their mean over the ranks that perturb alike."""
         with self.autocast.off():
             ((_, product),) = self.recording.products(vector, (matrix,))
-            found = [part / self.scale for part in product]
+            found = unscaled(product, self.scale)
         named = dict(zip(map(id, self.recording.parameters), found, strict=True))
         places = [named.get(id(parameter)) for parameter in self.parameters]
         averaged = self.mean(places)
