@@ -208,9 +208,9 @@ def _laid_out(config: RunConfig, inputs: torch.Tensor) -> torch.Tensor:
 
 
 def _autocast(config: RunConfig) -> torch.autocast:
-    """Around each step and each evaluation: it keeps casts of weights until it ends, so none may outlive a step."""
+    """Around each step and each evaluation; a cache of cast weights would outlive the step that changes them."""
     kind = config.device.partition(":")[0]
-    return torch.autocast(kind, torch.bfloat16, enabled=config.precision == "bfloat16")
+    return torch.autocast(kind, torch.bfloat16, enabled=config.precision == "bfloat16", cache_enabled=False)
 
 
 def _if_not_first(group: ProcessGroup) -> tuple[int, ...]:
