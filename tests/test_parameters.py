@@ -64,3 +64,26 @@ def test_norms_and_products_are_global():
     torch.testing.assert_close(dot(tensors, tensors), flat @ flat)
     big = [torch.full((4,), 300.0, dtype=torch.float16)]
     assert norm(big).item() == pytest.approx(600)
+
+
+@pytest.mark.parametrize("shape", [(1 << 16,), ((1 << 16) + 1,), (1_000_003,), (1000, 1024), (16, 64, 33, 33)], ids=str)
+def test_norms_and_products_of_long_tensors_are_exact_to_their_dtype(shape):
+    """Numbers of one sign, whose partial sums only grow: where a single accumulator loses the most."""
+    a, b = 1 + torch.rand(shape), 1 + torch.rand(shape)
+    small = torch.rand(7)
+    exact = [torch.cat([x.double().flatten(), small.double()]) for x in (a, b)]
+    forms = [(a, b), (a.transpose(0, -1), b.transpose(0, -1))]
+    if len(shape) == 4:
+        forms.append((a.to(memory_format=torch.channels_last), b.to(memory_format=torch.channels_last)))
+    for x, y in forms:
+        assert norm([x, small]).dtype == dot([x, small], [y, small]).dtype == torch.float32
+        assert norm([x, small]).item() == pytest.approx(exact[0].norm().item(), rel=3e-7)
+        assert dot([x, small], [y, small]).item() == pytest.approx((exact[0] @ exact[1]).item(), rel=3e-7)
+
+
+def test_norms_and_products_of_long_tensors_can_be_differentiated():
+    a, b = torch.rand(70_001, requires_grad=True), torch.rand(70_001)
+    (of_norm,) = torch.autograd.grad(norm([a]), a)
+    torch.testing.assert_close(of_norm, a.detach() / a.detach().double().norm().float())
+    (of_dot,) = torch.autograd.grad(dot([a, a], [a, b]), a)
+    torch.testing.assert_close(of_dot, 2 * a.detach() + b)

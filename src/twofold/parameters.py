@@ -240,17 +240,47 @@ def half_precision_among(tensors: Iterable[Tensor]) -> torch.dtype | None:
     return next((tensor.dtype for tensor in tensors if tensor.dtype in (torch.float16, torch.bfloat16)), None)
 
 
+_CHUNK, _ROW = 1 << 16, 1 << 12
+"""CPU kernels add up all of a tensor in one accumulator: float32 loses 1e-5 over 1e6 entries, not so by pieces."""
+
+
 def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Float[Tensor, ""]:
-    """Inner product of two lists of tensors, summed in float32 or better."""
+    """Inner product of two lists of tensors, exact to float32 or better whatever their size."""
     return torch.stack([_sum_of_products(a, b) for a, b in zip(left, right, strict=True)]).sum()
 
 
 def norm(tensors: Sequence[Tensor]) -> Float[Tensor, ""]:
-    """One global 2-norm over a list of tensors, in float32 or better."""
-    wide = [tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
-    return torch.linalg.vector_norm(torch.stack([one.to(wide[0]) for one in torch._foreach_norm(wide)]))
+    """One global 2-norm over a list of tensors, exact to float32 or better whatever their size."""
+    short: list[Tensor] = []
+    norms: list[Tensor] = []
+    for tensor in (tensor.to(_wide(tensor)) for tensor in tensors):
+        if not _loses_precision(tensor, above=4 * _ROW):
+            short.append(tensor)
+        elif tensor.is_contiguous():
+            rows, rest = tensor.view(-1).tensor_split([tensor.numel() // _ROW * _ROW])
+            norms.append(torch.linalg.vector_norm(rows.view(-1, _ROW), dim=1))
+            short += [rest] if rest.numel() else []
+        else:
+            norms.append(torch.linalg.vector_norm(tensor, dtype=torch.float64).view(1))
+    norms += [one.view(1) for one in torch._foreach_norm(short)] if short else []
+    like = norms[0]
+    return torch.linalg.vector_norm(torch.cat([one.to(like) for one in norms]), dtype=torch.float64).to(
+        _wide(tensors[0])
+    )
 
 
 def _sum_of_products(a: Tensor, b: Tensor) -> Tensor:
-    wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
-    return torch.dot(a.reshape(-1).to(wide), b.reshape(-1).to(wide))
+    wide = torch.promote_types(_wide(a), b.dtype)
+    a, b = a.reshape(-1).to(wide), b.reshape(-1).to(wide)
+    if not _loses_precision(a, above=_CHUNK):
+        return torch.dot(a, b)
+    pieces = [torch.dot(x, y) for x, y in zip(a.split(_CHUNK), b.split(_CHUNK), strict=True)]
+    return torch.stack(pieces).double().sum().to(wide)
+
+
+def _loses_precision(tensor: Tensor, above: int) -> bool:
+    return tensor.numel() > above and tensor.dtype == torch.float32 and tensor.device.type == "cpu"
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
