@@ -12,7 +12,7 @@ import twofold
 from twofold import cli
 from twofold.lab import config as lab_config
 from twofold.lab import sweep as lab_sweep
-from twofold.lab.figures import figure_transformer
+from twofold.lab.figures import figure_conv, figure_transformer
 from twofold.lab.figures.scales import SCALES
 
 ROOT = Path(__file__).parent.parent
@@ -32,7 +32,8 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("TWOFOLD_DATA", raising=False)
     monkeypatch.setattr(lab_config, "mnist1d", lambda: TINY)
-    monkeypatch.setattr(figure_transformer, "transformer", lambda: TINY)  # the real one starts from mnist1d
+    for module, recipe in ((figure_transformer, "transformer"), (figure_conv, "conv")):
+        monkeypatch.setattr(module, recipe, lambda: TINY)  # the real ones start from mnist1d
     monkeypatch.setitem(SCALES, "smoke", replace(SCALES["smoke"], recipes={"mnist1d": lambda: TINY}, seeds=(100,)))
 
 

@@ -99,7 +99,7 @@ def train(
     """Train one model.
 
     Args:
-        recipe: mnist1d, fashion-mnist or transformer.
+        recipe: mnist1d, fashion-mnist, transformer or conv.
         activation: gelu, relu, beta_gelu, ...
         regularizer: none, sam, gradient_penalty, ...
         strength: rho, sigma or the factor of a trace.
@@ -151,7 +151,7 @@ def sweep(
     """Train every combination of the lists given.
 
     Args:
-        recipe: mnist1d, fashion-mnist or transformer.
+        recipe: mnist1d, fashion-mnist, transformer or conv.
         activations: gelu, relu, beta_gelu, ...
         regularizers: none, sam, gradient_penalty, ...
         strengths: for every regularizer but none.
@@ -209,7 +209,7 @@ def reproduce(
     """Reproduce figures of the paper: runs, verdicts, and one page.
 
     Args:
-        figures: numbers, or names of those beyond the paper; none: those of the scale.
+        figures: numbers, or names of those beyond the paper; none: all.
         scale: smoke: under a minute; quick: minutes; cpu: hours; paper: GPU days.
         data: mnist1d or fashion-mnist.
         data_dir: where data files lie.
@@ -325,9 +325,10 @@ def data(
 
 
 def _recipe(name: str) -> "RunConfig":
-    from twofold.lab.config import fashion_mnist, mnist1d, transformer
+    from twofold.lab.config import conv, fashion_mnist, mnist1d, transformer
 
-    return _choose("recipe", name, {"mnist1d": mnist1d, "fashion-mnist": fashion_mnist, "transformer": transformer})()
+    known = {"mnist1d": mnist1d, "fashion-mnist": fashion_mnist, "transformer": transformer, "conv": conv}
+    return _choose("recipe", name, known)()
 
 
 def _choose(kind: str, name: str, known: Mapping[str, T]) -> T:

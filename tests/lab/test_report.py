@@ -264,9 +264,13 @@ def test_plans_refuse_before_anything_runs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(TwofoldError, match="CUDA"):
         plan((), "paper")
-    assert plan((), "cpu").data == ("mnist1d", "fashion-mnist")
-    assert plan().figures == find_scale("quick").default_figures
-    assert list(plan(scale="smoke").figures) == figures_package.figure_names()
+    for scale in ("smoke", "quick", "cpu"):
+        assert list(plan(scale=scale).figures) == figures_package.figure_names()
+    cpu = plan((), "cpu")
+    for name, data in {"1": {"mnist1d", "fashion-mnist"}, "conv": {"mnist1d"}}.items():
+        assert {config.data.name for config in cpu.configs(name)} == data
+    named = plan(("conv",), "cpu", "fashion-mnist")
+    assert {config.data.name for config in named.configs("conv")} == {"fashion-mnist"}
 
 
 def test_refused_output_or_data_starts_nothing(tiny, tmp_path):

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import twofold
 from twofold.errors import TwofoldError
 from twofold.lab import training
+from twofold.lab.building import build_backward, build_regularizer
 from twofold.lab.config import (
     DataConfig,
     ModelConfig,
@@ -252,7 +253,10 @@ REGULARIZERS = [
     RegularizerConfig("gradient_penalty", 0.1, {"p": 2, "curvature": "gauss_newton"}),
     RegularizerConfig("gradient_penalty", 0.1, second_derivative="0"),
     RegularizerConfig("gradient_penalty", 0.1, second_derivative="gaussian:2"),
+    RegularizerConfig("gradient_penalty", 0.1, second_derivative="listing:2"),
     RegularizerConfig("weight_noise", 0.01),
+    RegularizerConfig("exact_trace", 1e-3, {"matrix": "hessian"}),
+    RegularizerConfig("exact_trace", 1e-3, {"matrix": "gauss_newton"}),
     RegularizerConfig("hessian_trace", 1e-3),
     RegularizerConfig("gauss_newton_trace", 1e-3),
 ]
@@ -290,6 +294,22 @@ def test_phi_second_is_swapped_in_the_penalty_alone():
         )
     assert zero == plain
     assert synthetic != plain
+
+
+def test_the_listings_bell_is_narrower_than_that_of_the_equation():
+    x = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+
+    def bend(model, loss_fn, batch):
+        (slope,) = torch.autograd.grad(torch.relu(x), x, create_graph=True)
+        return torch.autograd.grad(slope, x)[0]
+
+    values = {"0": 0.0, "gaussian:2": math.exp(-0.18), "listing:2": math.exp(-0.36)}
+    for name, value in values.items():
+        config = RegularizerConfig("gradient_penalty", 0.1, second_derivative=name)
+        regularizer = build_regularizer(config)
+        regularizer.backward = bend
+        found = build_backward(config, regularizer)(None, None, None)
+        assert found.item() == pytest.approx(2 / math.sqrt(2 * math.pi) * value)
 
 
 def test_options_that_do_not_fit_are_told():

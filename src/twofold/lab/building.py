@@ -1,5 +1,6 @@
 """From a configuration to the optimiser, the regularizer and what stands in place of `loss.backward()`."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from twofold.activations import gaussian, second_derivative
 from twofold.errors import TwofoldError
 from twofold.lab.config import OptimizerConfig, RegularizerConfig
+from twofold.lab.exact_traces import ExactTracePenalty
 from twofold.regularizers import (
     ASAM,
     GSAM,
@@ -62,34 +64,51 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
 
 
 def build_regularizer(config: RegularizerConfig, group: ProcessGroup = None) -> Regularizer | None:
-    """The regularizer of `config`, over the ranks of a group; None for plain training.
+    """The regularizer of `config`, over the ranks of a group; None for plain training and exact traces.
 
     Raises:
         TwofoldError: the regularizer does not take these options.
     """
-    if config.name == "none":
+    if config.name in ("none", "exact_trace"):
         return None
     constructor, strength = _CONSTRUCTORS[config.name]
+    return _construct(config, constructor, **{strength: config.strength, "group": group})
+
+
+def _construct(config: RegularizerConfig, constructor: Callable[..., Any], **arguments: Any) -> Any:
     try:
-        return constructor(**{strength: config.strength, "group": group}, **dict(config.options))
+        return constructor(**arguments, **dict(config.options))
     except TypeError as error:
         raise TwofoldError(f"RegularizerConfig.options do not fit {config.name}: {error}.") from error
 
 
 def build_backward(config: RegularizerConfig, regularizer: Regularizer | None, group: ProcessGroup = None) -> Backward:
     """What stands in place of `loss.backward()`: the regularizer, with phi'' as its configuration says."""
+    if config.name == "exact_trace":
+        if group is not None:
+            raise TwofoldError("The penalty on an exact trace runs in one process only.")
+        return _construct(config, ExactTracePenalty, strength=config.strength).backward
     if regularizer is None:
         return _plain_backward(group)
-    beta = config.second_derivative_beta
-    if beta is None:
+    if config.bell is None:
         return regularizer.backward
-    replacement = 0 if beta == 0 else gaussian(beta=beta)
+    replacement = _second_derivative(*config.bell)
 
     def backward(model: nn.Module, loss_fn: Callable, batch: tuple[Tensor, Tensor]) -> Tensor:
         with second_derivative(replacement):
             return regularizer.backward(model, loss_fn, batch)
 
     return backward
+
+
+def _second_derivative(kind: str, beta: float) -> float | Callable[[Tensor], Tensor]:
+    """What stands for phi'': 0, or one of the two bells of `RegularizerConfig.second_derivative`."""
+    if kind == "0":
+        return 0
+    if kind == "gaussian":
+        return gaussian(beta=beta)
+    narrower = gaussian(beta=math.sqrt(2) * beta)
+    return lambda x: narrower(x) / math.sqrt(2)
 
 
 def _plain_backward(group: ProcessGroup) -> Backward:

@@ -27,6 +27,7 @@ REGULARIZERS = (
     "weight_noise",
     "hessian_trace",
     "gauss_newton_trace",
+    "exact_trace",
 )
 SCHEDULES = ("cosine", "constant")
 PRECISIONS = ("float32", "bfloat16")
@@ -199,7 +200,8 @@ class RegularizerConfig(_Config):
         strength: rho of the sharpness methods, sigma of weight noise, or the factor of a trace.
         options: further arguments of the regularizer's constructor, as pairs or a mapping; kept sorted by name.
         second_derivative: phi'' of the activation while the regularizer works: None leaves it, "0" sets it to zero,
-            "gaussian:BETA" puts beta / sqrt(2 pi) exp(-beta^2 x^2 / 2) in its place.
+            "gaussian:BETA" puts beta / sqrt(2 pi) exp(-beta^2 x^2 / 2) in its place (2401.10809, eq. 19),
+            "listing:BETA" the bell of that paper's listing (appendix C.2), beta / sqrt(2 pi) exp(-(beta x)^2).
     """
 
     name: str = "none"
@@ -211,7 +213,7 @@ class RegularizerConfig(_Config):
         self._choice("name", REGULARIZERS)
         self._real("strength")
         self._normalise_options()
-        _ = self.second_derivative_beta
+        _ = self.bell
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values, the options as a mapping."""
@@ -230,21 +232,22 @@ class RegularizerConfig(_Config):
         object.__setattr__(self, "options", tuple(sorted(options.items())))
 
     @property
-    def second_derivative_beta(self) -> float | None:
-        """None: phi'' is left alone; 0: it is zero; else the beta of the synthetic Gaussian."""
+    def bell(self) -> tuple[str, float] | None:
+        """Name and beta of what stands for phi''; ("0", 0.0) where it is zero, None where it is left alone."""
         came = self.second_derivative
         if came is None:
             return None
         if came == "0":
-            return 0.0
+            return came, 0.0
         kind, _, text = came.partition(":") if isinstance(came, str) else ("", "", "")
         try:
             beta = float(text)
         except ValueError:
             beta = math.nan
-        if kind != "gaussian" or not 0 < beta < math.inf:
-            raise self._refuse("second_derivative", came, 'None, "0" or "gaussian:BETA" with a positive BETA')
-        return beta
+        if kind not in ("gaussian", "listing") or not 0 < beta < math.inf:
+            expected = 'None, "0", "gaussian:BETA" or "listing:BETA" with a positive BETA'
+            raise self._refuse("second_derivative", came, expected)
+        return kind, beta
 
 
 @dataclass(frozen=True)
@@ -379,4 +382,16 @@ def transformer() -> RunConfig:
         model=ModelConfig(name="transformer", width=32, depth=2, activation="gelu", norm="layer"),
         optimizer=OptimizerConfig(name="adamw", lr=3e-3, weight_decay=0.05),
         warmup_epochs=2,
+    )
+
+
+def conv() -> RunConfig:
+    """1000 examples of MNIST-1D with 30 % label noise, a conv net of 3 layers with BatchNorm, 400 steps of SGD."""
+    recipe = mnist1d()
+    return replace(
+        recipe,
+        data=replace(recipe.data, num_train=1000),
+        model=ModelConfig(name="conv", width=16, depth=3, activation="gelu", norm="batch"),
+        optimizer=replace(recipe.optimizer, lr=0.1),
+        epochs=50,
     )

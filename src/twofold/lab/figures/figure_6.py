@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import matplotlib.figure
 
 SIGMA_SQUARED = {"smoke": 8e-3, "quick": 8e-3, "cpu": 8e-3, "paper": 1e-3}
-EPOCHS_BETWEEN = {"smoke": 1, "quick": 2, "cpu": 2, "paper": 10}
+EPOCHS_BETWEEN = {"smoke": 1, "quick": 2, "cpu": 4, "paper": 10}
 MATRICES = {"tr H": "hessian", "tr GN": "gauss_newton", "tr NME": "nme"}
 
 SGD = "SGD"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import pandas as pd
 
@@ -26,6 +26,7 @@ def tracking_figure(
     setting: str,
     sam: Curve,
     psam: Curve,
+    values: Mapping[str, Sequence[float]] = RHO,
     recipe: Callable[[Scale, str], RunConfig] = Scale.recipe,
 ) -> Figure:
     """SAM and PSAM with GELU and with another activation, judged by how far PSAM's training accuracy lies from SAM's.
@@ -36,19 +37,10 @@ def tracking_figure(
         setting: what differs from figure 1's small networks, one sentence.
         sam: SAM with the other activation.
         psam: PSAM with it.
+        values: scale's name -> values of rho, without 0.
         recipe: (scale, data set's name) -> the configuration that the curves vary.
     """
     other = psam.label.removesuffix(" PSAM")
-
-    def effect(runs: pd.DataFrame) -> pd.Series:
-        far = distance(psam.of(runs), sam.of(runs))
-        return paired_difference(far, distance(GELU_PSAM.of(runs), GELU_SAM.of(runs)))
-
-    finding = Finding(
-        f"PSAM follows SAM with GELU and falls behind with {other} ({name})",
-        f"Mean over rho > 0 of |training accuracy of PSAM - that of SAM|, with {other} minus with GELU.",
-        effect,
-    )
     return strength_figure(
         name=name,
         title=title,
@@ -56,7 +48,28 @@ def tracking_figure(
         differs=("The paper has no such figure; a reviewer asked for it.", setting, *figure_1.DIFFERS[:3]),
         rule=figure_1.RULE,
         curves=(GELU_SAM, GELU_PSAM, sam, psam),
-        values=RHO,
-        findings=(finding,),
+        values=values,
+        findings=(tracking_finding(name, sam, psam),),
         recipe=recipe,
+    )
+
+
+def tracking_finding(name: str, sam: Curve, psam: Curve) -> Finding:
+    """How much farther PSAM's training accuracy lies from SAM's with another activation than with GELU.
+
+    Args:
+        name: the figure's name.
+        sam: SAM with the other activation.
+        psam: PSAM with it.
+    """
+    other = psam.label.removesuffix(" PSAM")
+
+    def effect(runs: pd.DataFrame) -> pd.Series:
+        far = distance(psam.of(runs), sam.of(runs))
+        return paired_difference(far, distance(GELU_PSAM.of(runs), GELU_SAM.of(runs)))
+
+    return Finding(
+        f"PSAM follows SAM with GELU and falls behind with {other} ({name})",
+        f"Mean over rho > 0 of |training accuracy of PSAM - that of SAM|, with {other} minus with GELU.",
+        effect,
     )

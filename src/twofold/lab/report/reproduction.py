@@ -39,19 +39,20 @@ class Reproduction:
     Attributes:
         figures: their names.
         scale: the scale's name.
-        data: names of the data sets.
+        data: names of the data sets; None takes for each figure those that the scale has for it.
         command: the command line that asks for it, for the page.
     """
 
     figures: tuple[str, ...]
     scale: str
-    data: tuple[str, ...]
+    data: tuple[str, ...] | None
     command: str
 
     def configs(self, name: str) -> list[RunConfig]:
         """The runs of one figure, over all data sets."""
         figure, scale = find_figure(name), find_scale(self.scale)
-        return [config for data in self.data for config in figure.runs(scale, data)]
+        names = scale.data_of(name) if self.data is None else self.data
+        return [config for data in names for config in figure.runs(scale, data)]
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def plan(
     """Check what is asked for before anything runs.
 
     Args:
-        figures: names of figures; none means those that the scale runs by default.
+        figures: names of figures; none means all.
         scale: "smoke", "quick", "cpu" or "paper".
         data: one data set; None takes those of the scale.
         command: the command line that asks for it.
@@ -81,10 +82,10 @@ def plan(
     Raises:
         TwofoldError: an unknown figure or scale, a data set that the scale does not run, or a GPU that is not there.
     """
-    chosen = find_scale(scale)
-    names = chosen.default_data if data is None else (data,)
-    selected = select_figures(tuple(figures) or chosen.default_figures)
-    reproduction = Reproduction(tuple(figure.name for figure in selected), scale, names, command)
+    find_scale(scale)
+    selected = select_figures(tuple(figures))
+    names = tuple(figure.name for figure in selected)
+    reproduction = Reproduction(names, scale, None if data is None else (data,), command)
     devices = {config.device for name in reproduction.figures for config in reproduction.configs(name)}
     if any(device.startswith("cuda") for device in devices) and not torch.cuda.is_available():
         raise TwofoldError(
@@ -122,7 +123,7 @@ def reproduce(
     record = {
         "command": reproduction.command,
         "scale": reproduction.scale,
-        "data": list(reproduction.data),
+        "data": list(reproduction.data or find_scale(reproduction.scale).default_data),
         "figures": {name: [run_id(config) for config in of_figure] for name, of_figure in configs.items()},
     }
     _write(Path(out) / RECORD, _json(record))
