@@ -2,7 +2,8 @@
 
 Run: python benchmarks/steps.py [model]
 
-A step is zero_grad, the gradient and SGD's own step. The limit counts passes (a gradient is 3 forward passes); "asked"
+A step is zero_grad, the gradient and SGD's own step. "compiled" is the time with torch.compile(model), which passes of
+first derivatives use. The limit counts passes (a gradient is 3 forward passes); "asked"
 is what a step may cost, on mlp / wrn train / transformer.
 """
 
@@ -31,6 +32,7 @@ METHODS: dict[str, tuple[Callable[[], twofold.Regularizer], float, Asked | None]
     "WeightNoise": (lambda: twofold.WeightNoise(sigma=1e-3), 1, None),
     "LookSAM(5)": (lambda: twofold.LookSAM(interval=5), 1.2, (1.35, 1.35, 1.35)),
 }
+FIRST_ORDER = ("SAM", "HessianTrace, difference", "WeightNoise", "LookSAM(5)")
 STEPS = 5
 """Steps that are timed at once: an interval of LookSAM."""
 
@@ -41,24 +43,32 @@ def rows(name: str) -> list[dict[str, float | str | None]]:
     model, x, y = MODELS[name]()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
 
-    def plain() -> None:
+    compiled = torch.compile(model)
+
+    def plain(called: torch.nn.Module = model) -> None:
         optimizer.zero_grad()
-        LOSS(model(x), y).backward()
+        LOSS(called(x), y).backward()
         optimizer.step()
 
-    def step(regularizer: twofold.Regularizer) -> None:
+    def step(regularizer: twofold.Regularizer, called: torch.nn.Module = model) -> None:
         optimizer.zero_grad()
-        regularizer.backward(model, LOSS, (x, y))
+        regularizer.backward(called, LOSS, (x, y))
         optimizer.step()
 
     made = {method: make() for method, (make, _, _) in METHODS.items()}
     variants: dict[str, Callable[[], object]] = {"plain": lambda: [plain() for _ in range(STEPS)]}
+    variants["plain, compiled"] = lambda: [plain(compiled) for _ in range(STEPS)]
     for method, regularizer in made.items():
         variants[method] = lambda regularizer=regularizer: [step(regularizer) for _ in range(STEPS)]
+        if method in FIRST_ORDER:
+            variants[f"{method}, compiled"] = lambda regularizer=regularizer: [
+                step(regularizer, compiled) for _ in range(STEPS)
+            ]
     times = interleaved(variants, base="plain", rounds=5, warm_up=1, seconds=20)
     base = peak(plain)
     found: list[dict[str, float | str | None]] = [
-        {"model": name, "method": "plain step, ms and MiB", "time": times["ms"] / STEPS, "memory": base / 2**20}
+        {"model": name, "method": "plain step, ms and MiB", "time": times["ms"] / STEPS, "memory": base / 2**20},
+        {"model": name, "method": "plain step", "time": 1.0, "compiled": times["plain, compiled"]},
     ]
     for method, (_, limit, asked) in METHODS.items():
         found.append(
@@ -66,6 +76,7 @@ def rows(name: str) -> list[dict[str, float | str | None]]:
                 "model": name,
                 "method": method,
                 "time": times[method],
+                "compiled": times.get(f"{method}, compiled"),
                 "asked": None if asked is None else asked[MODES.index(name)],
                 "limit": float(limit),
                 "memory": peak(lambda method=method: step(made[method])) / base,

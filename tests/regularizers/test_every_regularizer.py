@@ -12,7 +12,7 @@ from models import CASES
 from references import relative
 from regularizers.rows import ROWS, Problem, attached, flat, update
 from twofold.errors import TwofoldError, TwofoldWarning
-from twofold.regularizers import SharpnessAware
+from twofold.regularizers import SAM, EigenSAM, GradientPenalty, SharpnessAware
 
 every = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
 with_closure = pytest.mark.parametrize(
@@ -446,6 +446,41 @@ def test_compiled_wrappers_are_looked_through(row):
     regularizer = row.make(STRENGTH)
     regularizer.backward(wrapped, problem.loss_fn, problem.batch)
     assert torch.equal(update(problem.model, regularizer), expected)
+
+
+@pytest.mark.parametrize(
+    ("make", "compiled_passes"),
+    [
+        (lambda: SAM(rho=0.1), 2),
+        (lambda: GradientPenalty(rho=0.1, method="finite_difference"), 2),
+        (lambda: GradientPenalty(rho=0.1), 0),
+        (lambda: EigenSAM(rho=0.1), 0),
+    ],
+    ids=["SAM", "finite difference", "exact penalty", "EigenSAM"],
+)
+def test_passes_of_first_derivatives_run_compiled_with_the_masks_of_the_first(make, compiled_passes):
+    passes = []
+
+    def counting(graph, inputs):
+        def run(*inputs):
+            passes.append(1)
+            return graph(*inputs)
+
+        return run
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 8), nn.GELU(), nn.Dropout(0.5), nn.BatchNorm1d(8), nn.Linear(8, 2)).double()
+    other = copy.deepcopy(model)
+    batch = (torch.randn(6, 3, dtype=torch.float64), torch.randint(2, (6,)))
+    torch.manual_seed(1)
+    make().backward(model, nn.CrossEntropyLoss(), batch)
+    torch.manual_seed(1)
+    make().backward(torch.compile(other, backend=counting), nn.CrossEntropyLoss(), batch)
+    assert len(passes) == compiled_passes
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, two.grad, rtol=1e-10, atol=1e-12)
+    for one, two in zip(model.buffers(), other.buffers(), strict=True):
+        torch.testing.assert_close(one, two)
 
 
 @with_closure

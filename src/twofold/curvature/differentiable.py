@@ -54,6 +54,14 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
+def compiled_alone(model: nn.Module) -> nn.Module:
+    """Return the compiled wrapper around the plain module alone, to be called for first derivatives; else `unwrap`."""
+    while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        model = model.module
+    inner = getattr(model, "_orig_mod", None)
+    return model if inner is not None and unwrap(inner) is inner else unwrap(model)
+
+
 class RandomState:
     """The state of all global random generators that a pass may draw from: torch (CPU, CUDA), NumPy, Python."""
 

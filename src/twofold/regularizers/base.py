@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from twofold.batches import describe, split
-from twofold.curvature.differentiable import unwrap
+from twofold.curvature.differentiable import compiled_alone, unwrap
 from twofold.curvature.torch_losses import as_loss
 from twofold.distributed import check_group, together
 from twofold.errors import TwofoldError, TwofoldWarning
@@ -196,9 +196,10 @@ class Regularizer(ABC):
         """Add this regularizer's gradient to .grad, in place of `loss.backward()`.
 
         Args:
-            model: any module, in the mode in which it is to be trained. Compiled and DistributedDataParallel wrappers
-                are looked through; of the latter the process group is taken, and its own reducer does not run, so that
-                its no_sync() and communication hooks have no say.
+            model: any module, in the mode in which it is to be trained. A compiled wrapper runs where only first
+                derivatives are taken (SAM and its siblings, finite differences, weight noise), and is looked through
+                elsewhere. So is a DistributedDataParallel wrapper, of which the process group is taken; its own reducer
+                does not run, so that its no_sync() and communication hooks have no say.
             loss_fn: loss_fn(outputs, targets) -> scalar.
             batch: one batch (inputs, targets), or a mapping with "labels".
             forward: forward(model, batch) -> (outputs, targets), for batches of another form.
@@ -282,7 +283,7 @@ class Regularizer(ABC):
         """Make all passes over a batch; what is found is not handed on yet."""
         given, group = model, group_of(model) if self.group is None else self.group
         with together(group):
-            model = unwrap(model)
+            model, called = unwrap(model), compiled_alone(model)
             refuse_sparse(model)
             parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
             chosen = self._chosen_among(model, parameters)
@@ -300,6 +301,7 @@ class Regularizer(ABC):
                         piece,
                         forward,
                         scale,
+                        called=called,
                         parameters=list(parameters.values()),
                         chosen=chosen,
                         names=list(parameters),

@@ -287,6 +287,7 @@ class ModelPasses(Passes):
         batch: one batch.
         forward: forward(model, batch) -> (outputs, targets).
         scale: the factor of a gradient scaler; each backward pass runs on the scaled loss.
+        called: the model, or its compiled wrapper, for passes of which only the gradient is taken.
         counted: whether to count the terms of the loss, as is needed of a piece of a batch.
         parameters, chosen, names, source, share_masks, start, ranks, linear, saved: as in `Passes`.
 
@@ -303,6 +304,7 @@ class ModelPasses(Passes):
         forward: Forward | None,
         scale: float,
         *,
+        called: nn.Module,
         parameters: Sequence[nn.Parameter],
         chosen: Sequence[int],
         names: Sequence[str | None],
@@ -317,6 +319,7 @@ class ModelPasses(Passes):
         options = {"source": source, "share_masks": share_masks, "start": start, "ranks": ranks, "linear": linear}
         super().__init__(parameters, chosen, names=names, saved=saved, **options)
         self.model = model
+        self._called = called
         self.count = 1.0
         self._counted = counted
         self.outputs: Any = None
@@ -328,7 +331,8 @@ class ModelPasses(Passes):
         self._autocast = Autocast({"cpu", *(parameter.device.type for parameter in parameters)})
 
     def need_outputs(self) -> None:
-        """Do nothing: they are there."""
+        """Make every pass with the plain module: compiled code draws other masks."""
+        self._called = self.model
 
     @property
     def has_terms(self) -> bool:
@@ -354,7 +358,7 @@ class ModelPasses(Passes):
 
     def _pass(self) -> tuple[Any, Any, Tensor, Gradients]:
         with self._autocast.fresh():
-            outputs, targets = run_forward(self._forward, self.model, self._batch)
+            outputs, targets = run_forward(self._forward, self._called, self._batch)
             loss = Loss(self._loss_fn)(outputs, targets)
         with self._autocast.off(), refusals_named():
             scaled = loss if self._scale == 1 else loss * self._scale
