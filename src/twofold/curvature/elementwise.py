@@ -6,7 +6,7 @@ A product meets an activation only through derivatives that the recorded pass de
     s = g phi'(x)         derivatives c -> c phi'(x) in g, c -> c (g phi''(x)) in x
 
 So phi'(x) and g phi''(x) are kept, and every vector takes one multiplication where torch goes through the formula of
-phi'' anew. The derivatives themselves are torch's, or those of the second_derivative context that holds.
+phi'' anew; x itself is let go once both are there. The derivatives themselves are torch's, or those of the second_derivative context that holds.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +33,7 @@ def can_be_kept(func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) 
 def kept(func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
     """Call an activation so that it keeps its derivatives."""
     curve = _Curve(args[0], lambda x: func(x, *args[1:], **kwargs))
-    return _Activation.apply(args[0], curve)  # pyrefly: ignore
+    return _Activation.apply(_Place.apply(args[0]), curve)  # pyrefly: ignore
 
 
 class _Curve:
@@ -59,12 +59,27 @@ class _Curve:
         return self.graphed_slope.detach()
 
     def bend(self) -> Tensor:
-        """phi''(x)."""
-        return self._derivative(self.graphed_slope)
+        """phi''(x), to be asked for once; x is forgotten."""
+        bend = self._derivative(self.graphed_slope)
+        self.graphed_slope = self.slope
+        del self._x, self._y
+        return bend
 
     def _derivative(self, values: Tensor, *, create_graph: bool = False) -> Tensor:
         one = torch.ones((), dtype=values.dtype, device=values.device).expand_as(values)
         return torch.autograd.grad(values, self._x, one, retain_graph=True, create_graph=create_graph)[0]
+
+
+class _Place(torch.autograd.Function):
+    """Stands for a tensor in the graph without holding its memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return torch.zeros((), dtype=x.dtype, device=x.device).expand_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # pyrefly: ignore[bad-override]
+        return g
 
 
 class _Activation(torch.autograd.Function):
@@ -96,5 +111,5 @@ class _Slope(torch.autograd.Function):
         if of_x and ctx.bent is None:
             slope, g = ctx.held
             ctx.bent = g * ctx.curve.bend() if slope.requires_grad else 0.0
-            ctx.held = [slope, ctx.bent]
+            ctx.held = [slope.detach(), ctx.bent]
         return c * ctx.curve.slope if of_g else None, c * ctx.bent if of_x else None, None
