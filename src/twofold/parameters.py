@@ -147,9 +147,9 @@ class ParameterLayout:
         """
         return _matched(params, self._first_names, "block", "The operator")
 
-    def flatten(self, tensors: Iterable[Tensor], *, out: Tensor | None = None) -> Float[Tensor, "P"]:
-        """Join tensors of the parameters' shapes, in order, into one vector [P], into `out` if given."""
-        return torch.cat([tensor.detach().reshape(-1).to(self.device, self.dtype) for tensor in tensors], out=out)
+    def flatten(self, tensors: Iterable[Tensor]) -> Float[Tensor, "P"]:
+        """Join tensors of the parameters' shapes, in order, into one vector [P]."""
+        return torch.cat([tensor.detach().reshape(-1).to(self.device, self.dtype) for tensor in tensors])
 
     def unflatten(self, vector: Float[Tensor, "P"]) -> list[Tensor]:
         """Split a vector [P] into tensors of the parameters' shapes, dtypes and devices (views where it can)."""

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import twofold
 from twofold.curvature.differentiable import Frugal
@@ -43,6 +44,32 @@ def test_values_and_derivatives_are_torchs(name):
         found.append((y, s, torch.autograd.grad(y, at, c)[0], *both[0], *both[1], *apart))
     assert torch.equal(found[0][0], found[1][0])
     torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-14)
+
+
+def test_the_input_is_let_go_once_the_derivatives_are_there():
+    x = torch.randn(50, dtype=torch.float64, requires_grad=True)
+    h = 2 * x
+    memory = StorageWeakRef(h.untyped_storage())
+    y = recorded(F.gelu, h)
+    (s,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    del h, y
+    assert not memory.expired()
+    found = [torch.autograd.grad(s.sum(), x, retain_graph=True)[0] for _ in range(2)]
+    assert memory.expired()
+    assert torch.equal(*found)
+    at = x.detach().clone().requires_grad_()
+    (expected,) = torch.autograd.grad(F.gelu(2 * at).sum(), at, create_graph=True)
+    torch.testing.assert_close(found[0], torch.autograd.grad(expected.sum(), at)[0])
+
+
+def test_an_input_that_is_overwritten_is_refused_as_by_torch():
+    x = torch.randn(5, requires_grad=True)
+    for phi in (F.gelu, lambda h: recorded(F.gelu, h)):
+        h = 2 * x
+        y = phi(h)
+        h.add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(y.sum(), x, create_graph=True)
 
 
 def test_a_third_derivative_is_refused():

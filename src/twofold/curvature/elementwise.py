@@ -6,7 +6,8 @@ A product meets an activation only through derivatives that the recorded pass de
     s = g phi'(x)         derivatives c -> c phi'(x) in g, c -> c (g phi''(x)) in x
 
 So phi'(x) and g phi''(x) are kept, and every vector takes one multiplication where torch goes through the formula of
-phi'' anew; x itself is let go once both are there. The derivatives themselves are torch's, or those of the second_derivative context that holds.
+phi'' anew; x itself is let go once both are there. The derivatives themselves are torch's, or those of the
+second_derivative context that holds.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from twofold.curvature.gathering import Gathering
 from twofold.curvature.operators import SymmetricOperator
 from twofold.curvature.probes import check_count, generator_for
 from twofold.curvature.products import Products
@@ -102,8 +103,9 @@ class Fisher(SymmetricOperator):
         self._seed = int(torch.randint(2**62, (), generator=source, device=source.device))
 
     def _rows(self, rows: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:
-        def product(recording: Recording, v: list[Tensor]) -> list[tuple[str, list[Tensor]]]:
-            return [("fisher", self._product(recording, v))]
+        def product(recording: Recording, v: list[Tensor]) -> list[tuple[str, Float[Tensor, "P"]]]:
+            with Gathering(recording.parameters, self.layout) as gathering:
+                return [("fisher", gathering.vector(self._product(recording, v)))]
 
         return self._products.averaged(rows, (), product, ["fisher"])["fisher"]
 

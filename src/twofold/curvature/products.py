@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from twofold.curvature.determinism import alike, checksum
 from twofold.curvature.differentiable import full_precision, unwrap
 from twofold.curvature.dissection import Group, Operation
+from twofold.curvature.gathering import Gathering
 from twofold.curvature.jet_rules import NotCarriedError
 from twofold.curvature.jets import Sources
 from twofold.curvature.jets import forms as forms_of
@@ -129,7 +130,7 @@ class Products:
         terms: Sequence[Matrix] = ("hessian",) if set(parts) == {"hessian"} else _terms(parts)
         if ACTIVATIONS.isdisjoint(parts):
             recordings = self.recordings.for_products(terms, self.layout.unflatten(rows[0])) if len(rows) else None
-            found = self.averaged(rows, (), lambda recording, v: recording.products(v, terms), terms, recordings)
+            found = self.averaged(rows, (), lambda recording, v: self._vectors(recording, v, terms), terms, recordings)
         else:
             found = self.dissected(rows, ("activation",), lambda _: "activation_nme", terms.__contains__)
             for term in terms:  # a model without activations
@@ -138,6 +139,14 @@ class Products:
             if whole not in found and found.keys() >= set(halves):
                 found[whole] = found[halves[0]] + found[halves[1]]
         return [found[part] for part in parts]
+
+    def _vectors(
+        self, recording: Any, v: list[Tensor], terms: Sequence[Matrix]
+    ) -> Iterator[tuple[Matrix, Float[Tensor, "P"]]]:
+        """Yield the products of one batch, each gathered into a vector as it is computed."""
+        with Gathering(getattr(recording, "parameters", ()), self.layout) as gathering:  # a program has none
+            for name, product in recording.products(v, terms):
+                yield name, gathering.vector(product)
 
     @full_precision()
     def dissected(
@@ -155,7 +164,12 @@ class Products:
             group: the group that an operation belongs to.
             wanted: which groups to compute.
         """
-        return self.averaged(rows, kinds, lambda recording, v: recording.dissect(v, group, wanted).items())
+        flatten = self.layout.flatten
+        return self.averaged(
+            rows,
+            kinds,
+            lambda recording, v: ((name, flatten(part)) for name, part in recording.dissect(v, group, wanted).items()),
+        )
 
     @full_precision()
     def forms(
@@ -275,7 +289,7 @@ class Products:
         self,
         rows: Float[Tensor, "K P"],
         kinds: Sequence[str],
-        products: Callable[[Any, list[Tensor]], Iterable[tuple[Any, list[Tensor]]]],
+        products: Callable[[Any, list[Tensor]], Iterable[tuple[Any, Float[Tensor, "P"]]]],
         names: Sequence[Any] | None = None,
         recordings: Iterator[Any] | None = None,
     ) -> dict[Any, Float[Tensor, "K P"]]:
@@ -284,7 +298,8 @@ class Products:
         Args:
             rows: the vectors, [K, P].
             kinds: which kinds of operation the recordings tell apart.
-            products: takes a recording and v, one tensor per parameter, and yields pairs (name, a vector like v).
+            products: takes a recording and v, one tensor per parameter, and yields pairs (name, a vector [P] of its
+                own memory).
             names: the names that it gives, where they do not depend on the batch.
             recordings: what stands in the place of the recordings.
         """
@@ -296,12 +311,12 @@ class Products:
                     found = set()
                     for name, product in products(recording, self.layout.unflatten(row)):
                         found.add(name)
-                        if name not in averages:
-                            averages[name] = torch.empty_like(rows) if first else torch.zeros_like(rows)
-                        if first:
-                            self.layout.flatten(product, out=averages[name][k])
+                        if first and len(rows) == 1:
+                            averages[name] = product.unsqueeze(0)
                         else:
-                            self._average_in(averages[name][k], self.layout.flatten(product), recording.count, total)
+                            if name not in averages:
+                                averages[name] = torch.zeros_like(rows)
+                            self._average_in(averages[name][k], product, recording.count, total)
                         del product
                     for name in averages.keys() - found:
                         self._average_in(averages[name][k], torch.zeros_like(row), recording.count, total)
@@ -333,7 +348,8 @@ class Products:
             total = 0.0
             for recording, total in self._counted(self.recordings(kinds) if step is None else self.recordings.at(step)):
                 self._average_in(value, recording.value.double().cpu(), recording.count, total)
-                self._average_in(gradient, self.layout.flatten(recording.gradient), recording.count, total)
+                with Gathering(recording.parameters, self.layout) as gathering:
+                    self._average_in(gradient, gathering.vector(recording.gradient), recording.count, total)
                 del recording
             share = self._share(total, [] if step is None else [step])
             return summed(value.mul_(share), self.group).item(), summed(gradient.mul_(share), self.group)
