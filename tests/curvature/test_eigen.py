@@ -198,6 +198,25 @@ def test_an_operator_may_return_what_it_was_given():
         check_pairs(torch.eye(90), found, "LA")
 
 
+class Reusing:
+    """Gives the same memory each time."""
+
+    def __init__(self, A):
+        self.A, self.shape, self.dtype, self.device, self.memory = A, A.shape, A.dtype, A.device, {}
+
+    def __matmul__(self, vectors):
+        held = self.memory.setdefault(vectors.shape, torch.empty_like(vectors))
+        return held.copy_(self.A @ vectors)
+
+
+@pytest.mark.parametrize("options", [{}, {"block_size": 3}, {"basis_size": 100}, {"basis_size": 8}], ids=str)
+def test_an_operator_may_give_the_same_memory_each_time(options):
+    A = symmetric(torch.linspace(-2, 1, 60))
+    found, expected = twofold.eigsh(Reusing(A), 3, **options), twofold.eigsh(A, 3, **options)
+    assert torch.equal(found.values, expected.values)
+    assert torch.equal(found.vectors, expected.vectors)
+
+
 def test_single_precision_holds_for_long_vectors():
     """torch sums float32 norms of long vectors to 1e-5 on the CPU: too coarse for unit vectors."""
     entries = torch.linspace(-1, 1, 300_000)

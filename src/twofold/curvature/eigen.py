@@ -222,8 +222,8 @@ def _result(krylov: Krylov, k: int, tol: float, max_matvecs: int) -> Eigenpairs:
         vector.div_(norm_of(vector))
     values, residuals = torch.empty(k, dtype=torch.float64), []
     for i, rows in enumerate(vectors.split(krylov.block_size)):
-        for j, (row, product) in enumerate(zip(rows, krylov.multiply(rows), strict=True), i * krylov.block_size):
-            unit = krylov.brought_into_range(product)
+        for j, (row, found) in enumerate(zip(rows, krylov.multiply(rows), strict=True), i * krylov.block_size):
+            product, unit = krylov.in_range(found)
             value = dot_of(row, product)
             values[j] = unit * value
             residuals.append(unit * norm_of_difference(product, value, row) + krylov.rounding)

@@ -65,6 +65,12 @@ class Basis:
             torch.addmv(piece, columns.T, part, alpha=-1, out=piece)
         return part.double().cpu()
 
+    def beside(self, vector: Float[Tensor, "P"]) -> Float[Tensor, "P"]:
+        """Copy a vector to where the next row will be, if there is room for one."""
+        if self.size == len(self.rows):
+            return vector.clone(memory_format=torch.contiguous_format)
+        return self.rows[self.size].copy_(vector)
+
     def append(self, vector: Float[Tensor, "P"], norm: float) -> None:
         """Add a vector that is orthogonal to the basis and has this norm."""
         torch.div(vector, norm, out=self.rows[self.size])
@@ -147,8 +153,8 @@ class Krylov:
         """Take the unit vectors as the basis and multiply them all."""
         torch.eye(len(self.T), out=self.basis.rows)
         self.basis.size = len(self.T)
-        products = torch.cat([self.multiply(rows) for rows in self.basis.rows.split(self.block_size)])
-        unit = self.brought_into_range(products)
+        products = torch.cat([self.multiply(rows).clone() for rows in self.basis.rows.split(self.block_size)])
+        products, unit = self.in_range(products)
         self.scale = unit * torch.linalg.vector_norm(products, dim=1, dtype=torch.float64).max().item()
         self._check_symmetric(unit * (products - products.T).abs().max().item())
         self.T = unit * (products.double() + products.T).cpu() / 2
@@ -157,24 +163,21 @@ class Krylov:
     def multiply(self, rows: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:
         """A times the rows, one vector alone as [P] and several as [P, K]."""
         products = (self.matrix @ rows[0]).unsqueeze(0) if len(rows) == 1 else (self.matrix @ rows.T).T
-        # An operator may return its own memory, or the very vector that it was given.
-        products = products.clone(memory_format=torch.contiguous_format)
         self.num_matvecs += len(rows)
-        return products
+        return products  # not to be written into: the operator's own memory, or the very vectors that it was given
 
-    def brought_into_range(self, products: Float[Tensor, "*K P"]) -> float:
-        """Divide products in place by a power of two, which is returned, where squares of them would leave the range.
+    def in_range(self, products: Float[Tensor, "*K P"]) -> tuple[Float[Tensor, "*K P"], float]:
+        """Return products over a power of two, and this: 1 where squares of them stay in the range of their dtype.
 
-        It is 1 for all but tiny and huge ones. The scale tells which, and the largest entry as long as there is none.
+        The scale tells which do, and the largest entry as long as there is none.
         """
         size = self.scale or products.abs().max().item()
         limits = torch.finfo(products.dtype)
         if size == 0 or limits.tiny ** (1 / 3) < size < limits.max ** (1 / 3):
-            return 1.0
+            return products, 1.0
         exponent = math.frexp(size)[1]
-        for part in (exponent // 2, exponent - exponent // 2):  # 2^-exponent may be out of range itself
-            products *= 2.0**-part
-        return 2.0**exponent
+        half = exponent // 2  # 2^-exponent may be out of range itself
+        return products * 2.0**-half * 2.0 ** (half - exponent), 2.0**exponent
 
     def step(self) -> bool:
         """Multiply the pending block and append what is new; False if the whole space is spanned already."""
@@ -183,8 +186,9 @@ class Krylov:
         block = range(self.done, self.basis.size)
         products = self.multiply(self.basis.rows[block.start : block.stop])
         for row, product in zip(block, products, strict=True):
-            unit = self.brought_into_range(product)
-            coefficients, left = self.basis.orthogonalise(product, self._leans_on[row])
+            scaled, unit = self.in_range(product)
+            vector = self.basis.beside(scaled)
+            coefficients, left = self.basis.orthogonalise(vector, self._leans_on[row])
             size, reached = len(coefficients), unit * math.hypot(norm_of(coefficients), left)
             coefficients *= unit
             self.scale = max(self.scale, reached)
@@ -193,7 +197,7 @@ class Krylov:
             self.T[row, :size] = self.T[:size, row] = coefficients
             if unit * left > ROUNDING * self.matrix.eps * self.scale and size < len(self.T):
                 self._leans_on[size] = row
-                self.basis.append(product, left)
+                self.basis.append(vector, left)
                 self.T[row, size] = self.T[size, row] = unit * left
         self.done = block.stop
         return True
