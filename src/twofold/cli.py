@@ -6,11 +6,9 @@ The only place that prints. Results go to stdout, progress and errors to stderr.
 import os
 import shlex
 import sys
-import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -20,19 +18,16 @@ from twofold.errors import TwofoldError, TwofoldWarning
 
 try:
     import tyro
-    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.markup import escape
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-    from rich.table import Table
-    from tyro.conf import Positional, arg
+    from tyro.conf import FlagCreatePairsOff, Positional, arg
 except ImportError as error:
     print(f"twofold: the command line needs the lab extra ({error}): pip install 'twofold[lab]'", file=sys.stderr)
     raise SystemExit(2) from error
 
 if TYPE_CHECKING:
     from twofold.lab.config import RunConfig
-    from twofold.lab.figures.verdicts import Verdict
+    from twofold.lab.report import Reproduction
     from twofold.lab.sweep import SweepResult
 
 T = TypeVar("T")
@@ -47,8 +42,6 @@ DESCRIPTION = """Measure and regularise both halves of the Hessian, H = GN + NME
 
 --version prints the version; --debug, with any command, shows the traceback of an error."""
 
-_SECONDS_BETWEEN_LINES = 10
-_COLOURS = {"shows": "green", "does not show": "bright_black", "opposite": "red", "undecided": "yellow"}
 _python_format_warning = warnings.formatwarning
 
 
@@ -61,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"twofold {twofold.__version__}")
         return 0
     warnings.formatwarning = _format_warning
+    if int(os.environ.get("RANK", "0")):  # of the processes that torchrun starts, the first speaks for all
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     commands = {f.__name__: f for f in (train, sweep, reproduce, report, measure, data)}
     try:
         result = tyro.extras.subcommand_cli_from_dict(
@@ -99,7 +94,7 @@ def train(
     """Train one model.
 
     Args:
-        recipe: mnist1d, fashion-mnist, transformer or conv.
+        recipe: mnist1d, fashion-mnist, cifar10, imagenet, ...
         activation: gelu, relu, beta_gelu, ...
         regularizer: none, sam, gradient_penalty, ...
         strength: rho, sigma or the factor of a trace.
@@ -151,7 +146,7 @@ def sweep(
     """Train every combination of the lists given.
 
     Args:
-        recipe: mnist1d, fashion-mnist, transformer or conv.
+        recipe: mnist1d, fashion-mnist, cifar10, imagenet, ...
         activations: gelu, relu, beta_gelu, ...
         regularizers: none, sam, gradient_penalty, ...
         strengths: for every regularizer but none.
@@ -164,6 +159,7 @@ def sweep(
     from twofold.lab.config import RegularizerConfig
     from twofold.lab.runs import load_table, run_id
     from twofold.lab.sweep import sweep as sweep_runs
+    from twofold.lab.terminal import sweep_progress, table
 
     base = _recipe(recipe)
     chosen = [RegularizerConfig(n, s) for n in regularizers for s in (strengths if n != "none" else (0.0,))]
@@ -175,21 +171,21 @@ def sweep(
     ]
     if not configs:
         raise TwofoldError("There is nothing to run: --regularizers, --strengths and --seeds need a value each.")
-    with _progress() as progress:
+    with sweep_progress() as progress:
         result = sweep_runs(configs, out, place=place, workers=workers, data_dir=_data_dir(data_dir), progress=progress)
     keys = ["model.activation", "regularizer.name", "regularizer.strength"]
     runs = load_table(out, list(dict.fromkeys(map(run_id, configs))))
-    table = _table("Accuracy in percent: mean ± standard deviation over seeds", ("setting",))
+    found = table("Accuracy in percent: mean ± standard deviation over seeds", ("setting",))
     for name in ("seeds", "div.", "train", "validation", "test"):
-        table.add_column(name, justify="right", no_wrap=True)
+        found.add_column(name, justify="right", no_wrap=True)
     for (activation, name, strength), group in runs.groupby(keys, sort=False):
         accuracies = []
         for split in ("train", "validation", "test"):
             percent = 100 * group[f"{split}/accuracy"] if f"{split}/accuracy" in group else group["seed"] * float("nan")
             accuracies.append(f"{percent.mean():.1f} ± {percent.std():.1f}")
         diverged = int((group["status"] == "diverged").sum())
-        table.add_row(f"{activation} {name} {strength:g}", str(len(group)), str(diverged), *accuracies)
-    Console().print(table)
+        found.add_row(f"{activation} {name} {strength:g}", str(len(group)), str(diverged), *accuracies)
+    Console().print(found)
     return _tell_runs(result, out)
 
 
@@ -199,35 +195,41 @@ def reproduce(
     ] = (),
     /,
     *,
-    scale: Literal["smoke", "quick", "cpu", "paper"] = "quick",
+    scale: Annotated[Literal["smoke", "quick", "cpu", "paper"], arg(metavar="NAME")] = "quick",
     data: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: the scale's)")] = None,
     data_dir: DataDir = None,
     out: Out = Path("reproduction"),
     workers: Workers = None,
     place: WhereToRun = "local",
+    dry_run: FlagCreatePairsOff[bool] = False,
 ) -> int:
     """Reproduce figures of the paper: runs, verdicts, and one page.
 
     Args:
         figures: numbers, or names of those beyond the paper; none: all.
-        scale: smoke: under a minute; quick: minutes; cpu: hours; paper: GPU days.
-        data: mnist1d or fashion-mnist.
+        scale: smoke, quick, cpu or paper.
+        data: one data set.
         data_dir: where data files lie.
-        out: where everything goes; finished runs there are reused.
+        out: where everything goes and is found again.
         workers: runs at once.
         place: local, ray[:ADDRESS] or slurm[:OPTION=VALUE,...].
+        dry_run: only tell runs, which are there, and what the rest costs.
     """
     from twofold.lab.report import plan
     from twofold.lab.report import reproduce as run_reproduction
+    from twofold.lab.terminal import sweep_progress, verdict_table
 
     command = shlex.join(["twofold", *(argument for argument in sys.argv[1:] if argument != "--debug")])
-    reproduction = plan(figures, scale, data, command)
-    with _progress() as progress:
+    reproduction = plan(figures, scale, data, command, gpu=place == "local" and not dry_run)
+    if dry_run:
+        return _tell_costs(reproduction, out)
+    with sweep_progress() as progress:
         result, runs = run_reproduction(
             reproduction, out, place=place, workers=workers, data_dir=_data_dir(data_dir), progress=progress
         )
-    Console().print(_verdict_table(result.verdicts))
-    print(f"page: {result.page}")
+    if result is not None:
+        Console().print(verdict_table(result.verdicts))
+        print(f"page: {result.page}")
     return _tell_runs(runs, out)
 
 
@@ -238,9 +240,10 @@ def report(directory: Annotated[Positional[Path], arg(metavar="DIR")], /) -> Non
         directory: what `twofold reproduce --out` named.
     """
     from twofold.lab.report import write_report
+    from twofold.lab.terminal import verdict_table
 
     result = write_report(directory)
-    Console().print(_verdict_table(result.verdicts))
+    Console().print(verdict_table(result.verdicts))
     print(f"page: {result.page}")
 
 
@@ -272,6 +275,7 @@ def measure(
     """
     from twofold.curvature.budget import seconds_of
     from twofold.lab.targets import load_target
+    from twofold.lab.terminal import stages
 
     seconds_of(budget)
     if plot is not None and plot.suffix not in (".png", ".svg", ".pdf"):
@@ -283,7 +287,7 @@ def measure(
     options: dict[str, Any] = {"budget": budget, "num_probes": num_probes, **found.options}
     options |= {"params": params} if params else {}
     options |= {"mode": mode} if mode else {}
-    with _stages() as progress:
+    with stages() as progress:
         result = twofold.measure(found.model, found.loss_fn, found.data, progress=progress, **options)
     console = Console()
     console.print(escape(found.title), style="bold", soft_wrap=True, highlight=False)
@@ -325,10 +329,10 @@ def data(
 
 
 def _recipe(name: str) -> "RunConfig":
-    from twofold.lab.config import conv, fashion_mnist, mnist1d, transformer
+    from twofold.lab.ranks import launched
+    from twofold.lab.recipes import RECIPES
 
-    known = {"mnist1d": mnist1d, "fashion-mnist": fashion_mnist, "transformer": transformer, "conv": conv}
-    return _choose("recipe", name, known)()
+    return replace(_choose("recipe", name, RECIPES)(), ranks=launched())
 
 
 def _choose(kind: str, name: str, known: Mapping[str, T]) -> T:
@@ -341,80 +345,17 @@ def _data_dir(given: Path | None) -> Path:
     return given or Path(os.environ.get("TWOFOLD_DATA") or "data")
 
 
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int, float | None], None]]:
-    """What tells a sweep's progress: a bar on a terminal, else a line now and then."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield _lines_of_progress()
-        return
-    columns = (
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("runs"),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-    )
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total, left: bar.update(task, completed=done, total=total, description=_time_left(left))
+def _tell_costs(reproduction: "Reproduction", out: Path) -> int:
+    from twofold.lab.costs import SPEEDS, estimate
+    from twofold.lab.terminal import cost_table
 
-
-def _lines_of_progress() -> Callable[[int, int, float | None], None]:
-    last = -float(_SECONDS_BETWEEN_LINES)
-
-    def tell(done: int, total: int, left: float | None) -> None:
-        nonlocal last
-        if done == total or time.monotonic() - last >= _SECONDS_BETWEEN_LINES:
-            last = time.monotonic()
-            print(f"{done}/{total} runs {_time_left(left)}".rstrip(), file=sys.stderr, flush=True)
-
-    return tell
-
-
-@contextmanager
-def _stages() -> Iterator[Callable[[str, float], None]]:
-    """What tells how far a measurement has come: a bar on a terminal, else a line for each stage."""
-    console = Console(stderr=True)
-    if console.is_terminal:
-        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=console, transient=True) as bar:
-            task = bar.add_task("", total=1.0)
-            yield lambda stage, fraction: bar.update(task, completed=fraction, description=f"{stage:<11}")
-        return
-    last = ""
-
-    def tell(stage: str, _: float) -> None:
-        nonlocal last
-        if stage != last:
-            last = stage
-            print(f"measuring: {stage}", file=sys.stderr, flush=True)
-
-    yield tell
-
-
-def _time_left(seconds: float | None) -> str:
-    if not seconds:
-        return ""
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"about {minutes} min {seconds:02d} s left" if minutes else f"about {seconds} s left"
-
-
-def _table(title: str, columns: Sequence[str]) -> Table:
-    return Table(*columns, title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-
-
-def _verdict_table(verdicts: "Sequence[Verdict]") -> Table:
-    table = _table("Effects in points (percent) with 95 % intervals, positive as the paper claims", ("finding",))
-    table.padding = (0, 1, 1, 0)
-    table.add_column("verdict", no_wrap=True)
-    for name in ("effect", "seeds", "div."):
-        table.add_column(name, justify="right", no_wrap=True)
-    for v in verdicts:
-        verdict = f"[{_COLOURS[v.verdict]}]{v.verdict}[/]"
-        effect = f"{v.effect:+.1f} [{v.low:+.1f}, {v.high:+.1f}]"
-        table.add_row(escape(f"{v.finding}, {v.data}"), verdict, escape(effect), str(v.seeds), str(v.diverged))
-    return table
+    costs = estimate(reproduction, out)
+    Console().print(cost_table(costs))
+    for speed in SPEEDS.values():
+        if speed.unit in costs[-1].unit:
+            print(f"Assumed: {speed.flops / 1e12:g} TFLOP/s sustained a {speed.unit}, {speed.basis};")
+    print("floating-point operations of the model, times what a step of each regularizer costs (docs/benchmarks.md).")
+    return 0
 
 
 def _tell_runs(result: "SweepResult", out: Path) -> int:

@@ -15,7 +15,7 @@ from twofold.lab.runs import Row
 from twofold.types import ProcessGroup
 
 _BATCH = 1000
-_MOST_TRAINING_EXAMPLES = 10_000
+MOST_TRAINING_EXAMPLES = 10_000
 """More would cost as much as training on them; the first are random ones."""
 
 
@@ -32,7 +32,7 @@ def evaluate(model: nn.Module, data: Dataset, group: ProcessGroup = None) -> Row
         examples = getattr(data, name)
         count = len(examples.targets)
         if name == "train":
-            count = min(count, _MOST_TRAINING_EXAMPLES)
+            count = min(count, MOST_TRAINING_EXAMPLES)
         loss, correct = 0.0, 0
         for x, y in examples.batches(torch.arange(rank(group), count, world_size(group)).split(_BATCH)):
             outputs = model(x)

@@ -52,10 +52,10 @@ def join(ranks: int, device: str) -> ProcessGroup:
     return dist.group.WORLD
 
 
-def num_batches(count: int, batch_size: int, group: ProcessGroup = None) -> int:
+def num_batches(count: int, batch_size: int, ranks: int = 1) -> int:
     """Batches of an epoch; a last one that is too small for every rank to have an example is left out."""
     full, rest = divmod(count, batch_size)
-    return full + (rest >= world_size(group))
+    return full + (rest >= ranks)
 
 
 def share(rows: Tensor, group: ProcessGroup = None) -> Tensor:

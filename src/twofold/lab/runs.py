@@ -46,7 +46,18 @@ Row = dict[str, float]
 _CONFIG, _ENVIRONMENT, _METRICS = "config.json", "environment.json", "metrics.csv"
 _TRACKED, _WEIGHTS, _STATUS = "curvature.csv", "weights.safetensors", "status.json"
 _CHECKPOINT = "checkpoint.safetensors"
-_CHANGES_NO_NUMBERS = ("cli.py", "integrations", "lab/figures", "lab/loggers.py", "lab/report", "lab/sweep.py")
+_CHANGES_NO_NUMBERS = (
+    "__main__.py",
+    "cli.py",
+    "integrations",
+    "lab/costs.py",
+    "lab/figures",
+    "lab/loggers.py",
+    "lab/places",
+    "lab/report",
+    "lab/sweep.py",
+    "lab/terminal.py",
+)
 
 
 @dataclass(frozen=True)
@@ -151,6 +162,13 @@ class RunDirectory:
             warnings.warn(f"{error} The run is computed anew.", TwofoldWarning, stacklevel=2)
             return None
         return None if run.status == "failed" else run
+
+    def has_result(self) -> bool:
+        """Whether its status says finished or diverged, without a look at the other files."""
+        try:
+            return json.loads((self.path / _STATUS).read_text()).get("status") in ("finished", "diverged")
+        except (OSError, ValueError, AttributeError):
+            return False
 
     def begin(self) -> None:
         """Clear what an earlier attempt left, except its checkpoint; write configuration and environment."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from twofold.errors import TwofoldWarning
+from twofold.lab import ranks
 from twofold.lab.config import RunConfig
 from twofold.lab.data import load
 from twofold.lab.places import Place, WorkerDiedError, find_place
@@ -45,8 +46,9 @@ class SweepResult:
 def compute(directory: RunDirectory, data_dir: Path | None) -> str:
     """Train one run into its directory and return its status."""
     train(directory.config, data_dir=data_dir, directory=directory)
-    run = directory.result()
-    return "failed" if run is None else run.status
+    run = directory.result() if ranks.is_first() else None
+    status = "failed" if run is None else run.status
+    return ranks.from_first(status, ranks.join(ranks.launched(), directory.config.device))
 
 
 def sweep(
@@ -85,9 +87,10 @@ def sweep(
     there = find_place(place, workers, out, gpus=gpus)
     prepare_output(out)
     directories = {directory.id: directory for directory in (RunDirectory(out, config) for config in configs)}
-    outcomes: dict[str, tuple[str, str]] = {
-        name: (run.status, "") for name, d in directories.items() if (run := d.result()) is not None
-    }
+    group = ranks.join(ranks.launched(), next((config.device for config in configs), "cpu"))
+    outcomes: dict[str, tuple[str, str]] = ranks.from_first(
+        {name: (run.status, "") for name, d in directories.items() if (run := d.result()) is not None}, group
+    )
     reused = len(outcomes)
     pending = [directory for name, directory in directories.items() if name not in outcomes]
     for data in {directory.config.data for directory in pending}:

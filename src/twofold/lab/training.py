@@ -113,7 +113,7 @@ def _train(
         tracker = build_tracker(config, model, data.train) if config.track_every else None
 
         crops = config.data.augmentation == "random_resized_crop"
-        steps_per_epoch = ranks.num_batches(len(data.train.targets), config.batch_size, group)
+        steps_per_epoch = ranks.num_batches(len(data.train.targets), config.batch_size, config.ranks)
         num_steps = config.epochs * steps_per_epoch
         if config.max_steps is not None:
             num_steps = min(num_steps, config.max_steps)

@@ -1,12 +1,12 @@
 """Data sets by name, cut, split and noised as a DataConfig says.
 
-Adding one: a file with `load_source(data_dir) -> Source`, and a row in DATA_SETS; where it can be downloaded also
-`fetch(directory)`, and a row in _FETCH.
+Adding one: a file with `load_source(data_dir) -> Source`, and a row in DATA_SETS and in PUBLISHED; where it can be
+downloaded also `fetch(directory)`, and a row in _FETCH.
 """
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from twofold.errors import TwofoldError
 from twofold.lab.data import cifar10, fashion_mnist, imagenet, mnist1d
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AUGMENTATIONS",
     "DATA_SETS",
+    "PUBLISHED",
     "Dataset",
     "Examples",
     "Source",
@@ -29,6 +30,15 @@ __all__ = [
     "load",
 ]
 
+
+class Published(NamedTuple):
+    """The size of a published data set."""
+
+    input_shape: tuple[int, ...]
+    num_classes: int
+    num_test: int
+
+
 DATA_SETS: Mapping[str, Callable[[Path | None], Source]] = {
     "mnist1d": mnist1d.load_source,
     "fashion-mnist": fashion_mnist.load_source,
@@ -36,6 +46,14 @@ DATA_SETS: Mapping[str, Callable[[Path | None], Source]] = {
     "imagenet": imagenet.load_source,
 }
 """Every data set: its name and what reads or makes it."""
+
+PUBLISHED: Mapping[str, Published] = {
+    "mnist1d": Published((40,), 10, 1_000),
+    "fashion-mnist": Published((1, 28, 28), 10, 10_000),
+    "cifar10": Published((3, 32, 32), 10, 10_000),
+    "imagenet": Published((3, 224, 224), 1000, 50_000),
+}
+"""What is known of each without its files."""
 
 _FETCH: Mapping[str, Callable[[Path], None]] = {"fashion-mnist": fashion_mnist.fetch, "cifar10": cifar10.fetch}
 

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from twofold.errors import TwofoldError
-from twofold.lab.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, fashion_mnist, mnist1d
+from twofold.lab import recipes
+from twofold.lab.config import RunConfig, fashion_mnist, mnist1d
 
 
 @dataclass(frozen=True)
@@ -49,26 +50,19 @@ def _short(recipe: Callable[[], RunConfig]) -> Callable[[], RunConfig]:
     return lambda: replace(recipe(), max_steps=30)
 
 
-def _wide_resnet() -> RunConfig:
-    """The paper's Fashion-MNIST set-up: WideResNet-28-10, recipe of Zagoruyko and Komodakis 2016 with cosine decay."""
-    return RunConfig(
-        data=DataConfig(name="fashion-mnist", num_train=55000, num_validation=5000, augmentation="flip_crop"),
-        model=ModelConfig(name="wideresnet", depth=28, width=10, norm="batch"),
-        optimizer=OptimizerConfig(lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4),
-        epochs=200,
-        batch_size=128,
-        device="cuda",
-    )
-
-
 def _seeds(count: int) -> tuple[int, ...]:
     """Fresh seeds: the settings were chosen with seeds 0 to 4, so judging starts at 100."""
     return tuple(range(100, 100 + count))
 
 
-_ONCE = ("5", "conv", "leaky", "samples", "siblings", "slow", "transformer")
-"""Figures that take long or are beyond the paper: one data set is enough."""
+_BEYOND = ("conv", "leaky", "samples", "siblings", "slow", "transformer")
+"""Figures that the paper does not have: one data set is enough."""
 
+_PUBLISHED = {
+    "imagenet": recipes.imagenet,
+    "cifar10": recipes.cifar10,
+    "fashion-mnist": recipes.fashion_mnist_wideresnet,
+}
 _SMALL = {"mnist1d": mnist1d, "fashion-mnist": fashion_mnist}
 
 SCALES = {
@@ -98,10 +92,15 @@ SCALES = {
         ),
         Scale(
             "paper",
-            "days on a GPU: the published set-ups",
+            "the published set-ups on GPUs, for as long as --dry-run says",
             _seeds(5),
-            {"fashion-mnist": _wide_resnet},
-            ("fashion-mnist",),
+            dict(_PUBLISHED),
+            tuple(_PUBLISHED),
+            fewer_data={
+                **dict.fromkeys(("3", "6"), ("imagenet",)),
+                **dict.fromkeys(("8", "9", "10"), ("imagenet", "cifar10")),
+                **dict.fromkeys(("5", "mechanism", "share", *_BEYOND), ("cifar10",)),
+            },
         ),
     )
 }

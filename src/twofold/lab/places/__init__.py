@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from twofold.errors import TwofoldError
+from twofold.lab.ranks import launched
 
 PLACES = ("local", "ray", "slurm")
 
@@ -44,9 +45,11 @@ def find_place(text: str, workers: int | None, out: Path, *, gpus: int = 0) -> P
     """Return the place that `text` names.
 
     Args:
-        text: "local", "ray", "ray:ADDRESS", "slurm" or "slurm:OPTION=VALUE,...", where the options are those of
-            submitit (timeout_min=60,slurm_partition=gpu).
-        workers: runs at once; None takes one for each core of this machine or of the Ray cluster, 16 on Slurm.
+        text: "local" (under torchrun: all its processes together, one run after the other), "ray", "ray:ADDRESS",
+            "slurm" or "slurm:OPTION=VALUE,...", where the options are those of submitit
+            (timeout_min=60,slurm_partition=gpu).
+        workers: runs at once; None takes one for each core (or GPU, where runs take one) of this machine, one for each
+            core of the Ray cluster, 16 on Slurm.
         out: the output directory; Slurm's logs go to its folder "slurm".
         gpus: GPUs of each run.
 
@@ -56,10 +59,19 @@ def find_place(text: str, workers: int | None, out: Path, *, gpus: int = 0) -> P
     name, _, details = text.partition(":")
     if workers is not None and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 1):
         raise TwofoldError(f"workers is {workers!r}; expected an integer of at least 1, or None for as many as fit.")
+    if launched() > 1:
+        if text != "local" or workers not in (None, 1):
+            raise TwofoldError(
+                f"torchrun has started {launched()} processes, which compute one run after the other together: leave "
+                "--place and --workers out, or start without torchrun."
+            )
+        from twofold.lab.places.here import Here
+
+        return Here()
     if name == "local" and not details:
         from twofold.lab.places.local import Local
 
-        return Local(workers)
+        return Local(workers, gpus=gpus)
     if name == "ray":
         from twofold.lab.places.ray_cluster import RayCluster
 

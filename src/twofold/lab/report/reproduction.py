@@ -13,7 +13,7 @@ import json
 import os
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from twofold.lab.config import RunConfig
 from twofold.lab.figures import Figure, find_figure, select_figures, style
 from twofold.lab.figures.scales import find_scale
 from twofold.lab.figures.verdicts import Verdict
+from twofold.lab.ranks import is_first, launched
 from twofold.lab.report.page import FigureOnPage, render_page
 from twofold.lab.runs import load_runs, load_table, prepare_output, run_id
 from twofold.lab.sweep import Progress, SweepResult, sweep
@@ -49,10 +50,16 @@ class Reproduction:
     command: str
 
     def configs(self, name: str) -> list[RunConfig]:
-        """The runs of one figure, over all data sets."""
-        figure, scale = find_figure(name), find_scale(self.scale)
-        names = scale.data_of(name) if self.data is None else self.data
-        return [config for data in names for config in figure.runs(scale, data)]
+        """The runs of one figure, over all data sets; under torchrun its processes share each."""
+        return [config for data in self.data_of(name) for config in self.configs_on(name, data)]
+
+    def data_of(self, name: str) -> tuple[str, ...]:
+        """The data sets of one figure."""
+        return find_scale(self.scale).data_of(name) if self.data is None else self.data
+
+    def configs_on(self, name: str, data: str) -> list[RunConfig]:
+        """The runs of one figure on one data set."""
+        return [replace(c, ranks=launched()) for c in find_figure(name).runs(find_scale(self.scale), data)]
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,12 @@ class Report:
 
 
 def plan(
-    figures: Sequence[int | str] = (), scale: str = "quick", data: str | None = None, command: str = ""
+    figures: Sequence[int | str] = (),
+    scale: str = "quick",
+    data: str | None = None,
+    command: str = "",
+    *,
+    gpu: bool = True,
 ) -> Reproduction:
     """Check what is asked for before anything runs.
 
@@ -78,6 +90,7 @@ def plan(
         scale: "smoke", "quick", "cpu" or "paper".
         data: one data set; None takes those of the scale.
         command: the command line that asks for it.
+        gpu: whether a scale that takes a GPU needs it here.
 
     Raises:
         TwofoldError: an unknown figure or scale, a data set that the scale does not run, or a GPU that is not there.
@@ -87,9 +100,10 @@ def plan(
     names = tuple(figure.name for figure in selected)
     reproduction = Reproduction(names, scale, None if data is None else (data,), command)
     devices = {config.device for name in reproduction.figures for config in reproduction.configs(name)}
-    if any(device.startswith("cuda") for device in devices) and not torch.cuda.is_available():
+    if gpu and any(device.startswith("cuda") for device in devices) and not torch.cuda.is_available():
         raise TwofoldError(
-            f"Scale {scale!r} needs a CUDA GPU, and torch sees none here. Take scale smoke, quick or cpu."
+            f"Scale {scale!r} needs a CUDA GPU, and torch sees none here. Take scale smoke, quick or cpu, or a place "
+            "that has GPUs (--place slurm or ray); --dry-run says what it costs."
         )
     return reproduction
 
@@ -102,8 +116,10 @@ def reproduce(
     workers: int | None = None,
     data_dir: Path | None = None,
     progress: Progress | None = None,
-) -> tuple[Report, SweepResult]:
+) -> tuple[Report | None, SweepResult]:
     """Compute the runs that `out` does not hold yet, then write the report; return it and what became of the runs.
+
+    Under torchrun the first process writes the report; the others return None in its place.
 
     Args:
         reproduction: from `plan`.
@@ -120,6 +136,8 @@ def reproduce(
     configs = {name: reproduction.configs(name) for name in reproduction.figures}
     needed = [config for of_figure in configs.values() for config in of_figure]
     result = sweep(needed, out, place=place, workers=workers, data_dir=data_dir, progress=progress)
+    if not is_first():
+        return None, result
     record = {
         "command": reproduction.command,
         "scale": reproduction.scale,
