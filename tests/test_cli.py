@@ -14,6 +14,7 @@ from twofold.lab import config as lab_config
 from twofold.lab import sweep as lab_sweep
 from twofold.lab.figures import figure_conv, figure_transformer
 from twofold.lab.figures.scales import SCALES
+from twofold.lab.recipes import RECIPES
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = ("train", "sweep", "reproduce", "report", "measure", "data")
@@ -31,7 +32,7 @@ def elsewhere(tmp_path, monkeypatch):
     """Every command starts in an empty directory, with tiny recipes."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("TWOFOLD_DATA", raising=False)
-    monkeypatch.setattr(lab_config, "mnist1d", lambda: TINY)
+    monkeypatch.setitem(RECIPES, "mnist1d", lambda: TINY)
     for module, recipe in ((figure_transformer, "transformer"), (figure_conv, "conv")):
         monkeypatch.setattr(module, recipe, lambda: TINY)  # the real ones start from mnist1d
     monkeypatch.setitem(SCALES, "smoke", replace(SCALES["smoke"], recipes={"mnist1d": lambda: TINY}, seeds=(100,)))
@@ -83,7 +84,7 @@ def test_version_and_no_arguments(run):
         ("report .", "no reproduction"),
         ("report missing", "no reproduction"),
         ("measure .", "no run directory"),
-        ("train imagenet", "no recipe 'imagenet'; known: mnist1d"),
+        ("train svhn", "no recipe 'svhn'; known: mnist1d"),
         ("train mnist1d --activation cubic", "cubic"),
         ("train mnist1d --regularizer magic", "magic"),
         ("train mnist1d --regularizer sam --strength -1", "strength"),
@@ -132,14 +133,14 @@ def test_missing_data_is_refused_before_any_run(run, tmp_path, monkeypatch):
 
 
 def test_debug_shows_the_traceback(run):
-    code, _, err = run("train imagenet --debug")
+    code, _, err = run("train svhn --debug")
     assert code == 2
     assert "Traceback" in err
-    assert "no recipe 'imagenet'" in err
+    assert "no recipe 'svhn'" in err
 
 
 def test_an_unexpected_error_is_short_too(run, monkeypatch):
-    monkeypatch.setattr(lab_config, "mnist1d", lambda: 1 / 0)
+    monkeypatch.setitem(RECIPES, "mnist1d", lambda: 1 / 0)
     code, _, err = run("train mnist1d")
     assert (code, err) == (2, "twofold: ZeroDivisionError: division by zero (--debug shows where)\n")
 
@@ -148,11 +149,28 @@ def test_interrupt(run, monkeypatch):
     def interrupted():
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(lab_config, "mnist1d", interrupted)
+    monkeypatch.setitem(RECIPES, "mnist1d", interrupted)
     code, out, err = run("train mnist1d")
     assert (code, out) == (130, "")
     assert len(err.splitlines()) == 1
     assert "interrupted" in err
+
+
+@pytest.mark.parametrize(("scale", "unit"), [("smoke", "core-minutes"), ("paper", "GPU-hours")])
+def test_a_dry_run_tells_costs_and_runs_nothing(run, tmp_path, scale, unit):
+    code, out, err = run(f"reproduce 1 3 --scale {scale} --dry-run --out there")
+    assert (code, err) == (0, "")
+    assert unit in out
+    assert "TFLOP/s" in out
+    assert [line.split()[0] for line in out.splitlines() if re.match(r" (1|3|all) ", line)] == (
+        ["1", "3", "all"] if scale == "smoke" else ["1", "1", "1", "3", "all"]
+    )
+    assert not list(tmp_path.iterdir())
+    if scale == "smoke":
+        run("reproduce 1 --scale smoke --out there")
+        _, after, _ = run(f"reproduce 1 --scale {scale} --dry-run --out there")
+        runs, there, hours = next(line for line in after.splitlines() if line.startswith(" all ")).split()[-3:]
+        assert (there, hours) == (runs, "0")
 
 
 def test_train_then_measure(run):

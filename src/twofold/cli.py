@@ -207,7 +207,7 @@ def reproduce(
 
     Args:
         figures: numbers, or names of those beyond the paper; none: all.
-        scale: smoke, quick, cpu or paper.
+        scale: smoke (under a minute), quick (minutes), cpu (hours) or paper (GPUs).
         data: one data set.
         data_dir: where data files lie.
         out: where everything goes and is found again.

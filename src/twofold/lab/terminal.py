@@ -106,14 +106,14 @@ def verdict_table(verdicts: "Sequence[Verdict]") -> Table:
 def cost_table(costs: "Sequence[Cost]") -> Table:
     """One row for each figure and data set, and all together last."""
     *rows, total = costs
-    found = table("Runs, and what those that are not there yet would take", ("figure", "data"))
+    found = table("Runs, and what those not there yet take; what figures share counts once in all", ("figure", "data"))
     time_unit, factor = ("hours", 1) if total.hours >= 1 else ("minutes", 60)
     for name in ("runs", "there", f"{total.unit}-{time_unit}"):
         found.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         found.add_row(row.figure, row.data, str(row.runs), str(row.there), _few_digits(factor * row.hours))
     found.add_section()
-    found.add_row("all, shared runs once", "", str(total.runs), str(total.there), _few_digits(factor * total.hours))
+    found.add_row("all", "", str(total.runs), str(total.there), _few_digits(factor * total.hours))
     return found
 
 

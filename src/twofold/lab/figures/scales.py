@@ -88,7 +88,7 @@ SCALES = {
             _seeds(10),
             dict(_SMALL),
             ("mnist1d", "fashion-mnist"),
-            fewer_data=dict.fromkeys(_ONCE, ("mnist1d",)),
+            fewer_data=dict.fromkeys(("5", *_BEYOND), ("mnist1d",)),
         ),
         Scale(
             "paper",
