@@ -32,10 +32,10 @@ $(INTEGRATIONS)/.ready: pyproject.toml constraints.txt constraints-integrations.
 	@test -x $(INTEGRATIONS)/bin/python || $(PYTHON) -m venv $(INTEGRATIONS)
 	$(INTEGRATIONS)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
 	$(INTEGRATIONS)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -c constraints-integrations.txt \
-	  -e '.[lab,lightning,transformers,tensorboard,wandb]' pytest pytest-xdist
+	  -e '.[lab,lightning,transformers,tensorboard,wandb,datasets]' pytest pytest-xdist
 	@touch $@
 
-test-integrations: $(INTEGRATIONS)/.ready  ## Lightning, transformers, TensorBoard and W&B, in an environment of their own
+test-integrations: $(INTEGRATIONS)/.ready  ## Lightning, transformers, datasets, TensorBoard and W&B, in an environment of their own
 	$(ONE) $(INTEGRATIONS)/bin/python -m pytest -q -n 2 tests/integrations
 
 check: $(READY)  ## lint, format, types, layers

@@ -2,14 +2,16 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from lab.one_node_slurm import missing, one_node_slurm
 from lab.test_sweep import CONFIGS, IDS
 from twofold.errors import TwofoldError
-from twofold.lab.places import find_place
+from twofold.lab.places import WorkerDiedError, find_place
 from twofold.lab.runs import load_run
 from twofold.lab.sweep import compute, sweep
 
@@ -81,3 +83,29 @@ def test_places_that_cannot_be_used(text, workers, message, tmp_path):
     with pytest.raises(TwofoldError, match=message):
         find_place(text, workers, tmp_path)
     assert not list(Path(tmp_path).iterdir())
+
+
+def gpu_after(seconds: float) -> str:
+    time.sleep(seconds)
+    return os.environ["CUDA_VISIBLE_DEVICES"]
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(("allowed", "names"), [(None, {"0", "1"}), ("3,5", {"3", "5"})])
+def test_workers_on_this_machine_have_a_gpu_each(monkeypatch, tmp_path, allowed, names):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    if allowed is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", allowed)
+    place = find_place("local", None, tmp_path, gpus=1)
+    assert place.slots == 2
+    try:
+        assert {future.result() for future in [place.submit(gpu_after, 1.0) for _ in range(2)]} == names
+        assert isinstance(place.submit(die).exception(), WorkerDiedError)
+        assert {future.result() for future in [place.submit(gpu_after, 1.0) for _ in range(2)]} == names
+    finally:
+        place.stop()

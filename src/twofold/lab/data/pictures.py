@@ -77,9 +77,11 @@ def find(name: str, data_dir: Path | None) -> PictureSet | None:
     for place in places(name, data_dir):
         if place.name != name:
             continue
+        if (place / _SAVED).is_file():  # first, since what was saved has a folder "train" too
+            return _from_hugging_face(place)
         if (place / "train").is_dir():
             return _from_folders(place)
-        if (place / _SAVED).is_file() or next(place.glob(_PARQUET), None) is not None:
+        if next(place.glob(_PARQUET), None) is not None:
             return _from_hugging_face(place)
     return None
 
