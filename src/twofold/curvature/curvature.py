@@ -68,11 +68,11 @@ class Curvature:
         microbatches: run each batch in so many pieces, at most, cut along the first dimension; the average is exact and
             memory is that of a piece. Refused where splitting changes the loss (BatchNorm in train mode). In train mode
             each piece draws its own dropout masks.
-        compile: run each product as one compiled program that holds nothing between products. It takes about a minute
-            to compile, anew when the model changes, and then a product of a batch costs what one from a recording
-            does, or half of what recording and multiplying do: for many batches of one shape, of models made of
-            matrix products. Where it does not work (random draws, shapes that depend on values) it says so and
-            records.
+        compile: run each product as one compiled program that holds nothing between products. It takes up to a minute
+            to compile, anew when the model changes, and then a product of a batch costs about what one from a
+            recording does, a quarter to a third less than recording and multiplying: for hundreds of batches of one
+            shape whose recordings `memory` cannot keep, and not with BatchNorm in train mode. Where it does not work
+            (random draws, shapes that depend on values) it warns and records.
         group: None for this process alone; a torch.distributed process group means that `data` is this rank's shard
             and everything is averaged over the shards of all ranks. Then every call is collective: all ranks make it,
             with the same vectors. A generator's state is taken from the first rank.

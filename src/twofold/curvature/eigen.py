@@ -72,7 +72,7 @@ def eigsh(
             argument is out of range.
 
     Warns:
-        TwofoldWarning: not every pair converged; the residuals still hold.
+        TwofoldWarning: not every pair converged, or what A gives is too small for its dtype; the residuals still hold.
 
     Example:
         >>> eigsh(torch.diag(torch.tensor([5.0, 3.0, 3.0, -8.0])), k=3, which="LA").values

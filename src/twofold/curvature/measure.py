@@ -72,7 +72,8 @@ def measure(
     split as v'GN v + v'NME v; norms of the blocks between modules; spectral densities on a common grid; the anatomy by
     kind of operation. What did not fit the budget or the memory is named in `report.left_out`.
 
-    The model is left as it was: parameters, buffers, .grad, modes, hooks and random states. Autocast is off.
+    The model is left as it was: parameters, buffers, .grad, modes, hooks and random states. Everything is computed in
+    its own precision, with autocast off.
 
     Args:
         model: any module, unmodified.
