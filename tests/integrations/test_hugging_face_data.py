@@ -71,6 +71,7 @@ def test_imagenet_is_tested_on_its_validation_set_and_trains(tmp_path, form):
         warmup_epochs=0,
         batch_size=4,
         device="cpu",
+        compile=False,
     )
     data = load(config.data, tmp_path)
     assert isinstance(data.train, StoredImages)

@@ -29,6 +29,7 @@ WIDE_RESNET = replace(
     epochs=2,
     batch_size=4,
     device="cpu",
+    compile=False,  # half a minute a net; it has a test of its own
 )
 RESNET = recipes.imagenet()
 RESNET = replace(
@@ -40,6 +41,7 @@ RESNET = replace(
     warmup_epochs=1,
     batch_size=4,
     device="cpu",
+    compile=False,  # half a minute a net; it has a test of its own
 )
 SETUPS = {"cifar10": WIDE_RESNET, "imagenet": RESNET}
 REGULARIZERS = [

@@ -31,6 +31,7 @@ def cifar10() -> RunConfig:
         device="cuda",
         precision="bfloat16",
         channels_last=True,
+        compile=True,
     )
 
 
@@ -54,6 +55,7 @@ def imagenet() -> RunConfig:
         device="cuda",
         precision="bfloat16",
         channels_last=True,
+        compile=True,
     )
 
 
