@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
@@ -155,3 +156,21 @@ except KeyboardInterrupt:
                 os.killpg(process.pid, signal.SIGKILL)
     assert [run.status for run in load_runs(tmp_path)] == ["finished"]
     assert len(list(tmp_path.glob("runs/*/checkpoint.safetensors"))) == 1
+
+
+def test_what_another_sweep_computes_is_left_for_later(tmp_path):
+    first = RunDirectory(tmp_path, CONFIGS[0])
+    seen = []
+    with ExitStack() as stack:
+        stack.enter_context(first.lock())
+        assert first.is_busy()
+
+        def tell(done: int, total: int, left: float | None) -> None:
+            seen.append((done, first.has_result()))
+            if done == 1:
+                stack.close()
+
+        result = sweep(CONFIGS[:2], tmp_path, workers=1, progress=tell)
+    assert seen == [(0, False), (1, False), (2, True)]
+    assert result.finished == tuple(IDS[:2])
+    assert not first.is_busy()

@@ -149,6 +149,18 @@ class RunDirectory:
         with filelock.FileLock(self.path / ".lock"):
             yield
 
+    def is_busy(self) -> bool:
+        """Whether a process computes this run at the moment."""
+        if not self.path.is_dir():
+            return False
+        lock = filelock.FileLock(self.path / ".lock", blocking=False)
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            return True
+        lock.release()
+        return False
+
     def result(self) -> Run | None:
         """The run if it is finished or diverged; None if it is to be computed.
 

@@ -65,8 +65,8 @@ def sweep(
 
     The numbers of a run do not depend on the number of workers or on the order. A run that raises is recorded with its
     error and does not stop the others; a worker that dies costs its run one retry. Ctrl-C ends the sweep; finished runs
-    stay, interrupted ones go on from their checkpoints the next time. Sweeps that share `out` wait for each other's
-    runs.
+    stay, interrupted ones go on from their checkpoints the next time. Sweeps that share `out` share the work: what one
+    computes at the moment the others leave for later.
 
     Args:
         configs: what to run; equal ones are run once.
@@ -103,12 +103,19 @@ def sweep(
         def submit(directory: RunDirectory) -> Future:
             return there.submit(_work, compute, directory, data_dir)
 
+        def take(waiting: deque[RunDirectory]) -> RunDirectory:
+            free = (i for i, directory in enumerate(waiting) if not directory.is_busy())
+            i = ranks.from_first(next(free, 0) if ranks.is_first() else 0, group)
+            directory = waiting[i]
+            del waiting[i]
+            return directory
+
         def record(directory: RunDirectory, status: str, error: str) -> None:
             outcomes[directory.id] = (status, error)
             report.one_more()
 
         try:
-            _run_all(pending, there, submit, record)
+            _run_all(pending, there, take, submit, record)
         except BaseException:
             there.stop()
             raise
@@ -123,6 +130,7 @@ def sweep(
 def _run_all(
     pending: Sequence[RunDirectory],
     place: Place,
+    take: Callable[[deque[RunDirectory]], RunDirectory],
     submit: Callable[[RunDirectory], Future],
     record: Callable[[RunDirectory, str, str], None],
 ) -> None:
@@ -135,7 +143,7 @@ def _run_all(
             in_flight[submit(directory)] = (directory, True)
         alone = not place.isolated and (bool(again) or any(second for _, second in in_flight.values()))
         while waiting and not alone and len(in_flight) < place.slots:
-            directory = waiting.popleft()
+            directory = take(waiting)
             in_flight[submit(directory)] = (directory, False)
         done, _ = wait(in_flight, return_when=FIRST_COMPLETED)
         if not place.isolated and any(isinstance(future.exception(), WorkerDiedError) for future in done):
