@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from twofold import BetaGELU, NotFiniteError, TwofoldError, second_derivative
 from twofold.curvature.liveness import live_fraction
@@ -82,6 +83,21 @@ def test_sines_count_where_parameters_move_their_inputs():
         model.first.weight[:3] = 0
         model.first.bias[:3] = 0
     assert live_fraction(model, (torch.randn(5, 2).double(), torch.zeros(5))) == pytest.approx(1 / 4)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
+def test_activations_in_checkpointed_segments_count(use_reentrant):
+    class Checkpointed(nn.Sequential):
+        def forward(self, x):
+            for part in self:
+                x = checkpoint(part, x, use_reentrant=use_reentrant)
+            return x
+
+    parts = [nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3), nn.GELU()]
+    plain = nn.Sequential(nn.Sequential(*parts[:2]), nn.Sequential(*parts[2:])).double()
+    batch = (torch.randn(5, 4).double(), torch.zeros(5))
+    assert live_fraction(Checkpointed(*plain), batch) == live_fraction(plain, batch) == pytest.approx(3 / 9)
 
 
 def test_stand_ins_count():
