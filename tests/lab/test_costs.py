@@ -100,6 +100,12 @@ def test_every_scale_can_be_estimated_without_its_machines(scale):
     assert {cost.unit for cost in found} == {"GPU" if scale == "paper" else "core"}
 
 
+def test_the_quick_scale_keeps_within_its_budget():
+    *figures, together = estimate(plan(), Path("/nonexistent"))
+    assert together.budget == pytest.approx(20 / 60)
+    assert all(cost.hours <= 0.8 * cost.budget for cost in [*figures, together])
+
+
 def test_the_paper_scale_has_the_papers_data_sets():
     everywhere = ("imagenet", "cifar10", "fashion-mnist")
     expected = {

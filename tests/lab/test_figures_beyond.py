@@ -1,6 +1,7 @@
 """Figures that the paper does not have: the NME's share, and what predicts SAM's correction."""
 
 import math
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -80,3 +81,53 @@ def test_measurements_that_are_not_finite_do_not_count():
     assert at_start(runs, quantities)["x"].tolist() == [1.0]
     assert at_end(runs, quantities)["x"].tolist() == [3.0]
     assert over_time(runs, quantities)["x"].tolist() == [2.0]
+
+
+def verdicts_of(name, accuracy):
+    figure = find_figure(name)
+    return {v.finding: v for v in figure.verdicts(table_of(figure, QUICK, accuracy), QUICK)}
+
+
+@pytest.mark.parametrize("samples", ["1", "2", "5", "20", "exact"])
+def test_the_penalty_on_the_hessian_trace_is_judged_by_its_number_of_samples(samples):
+    options = {"matrix": "hessian"} if samples == "exact" else {"num_probes": int(samples)}
+
+    def accuracy(config, split):
+        own = dict(config.regularizer.options)
+        return 60 + noise(config) - (20 if own == options else 0)
+
+    found = verdicts_of("samples", accuracy)
+    judged = {finding: v.verdict for finding, v in found.items() if "breaks" in finding}
+    assert len(judged) == 5
+    assert [finding for finding, verdict in judged.items() if verdict == "shows"] == [
+        f"The penalty on tr H breaks at the largest strength (samples: {samples})"
+    ]
+    better = found["With exact traces, tr GN helps more than tr H (equal strength)"]
+    assert better.verdict == ("shows" if samples == "exact" else "does not show")
+
+
+@pytest.mark.parametrize(("option", "number"), [("second_derivative", "2"), ("curvature", "10")])
+def test_a_conv_net_is_judged_as_the_small_networks_are(option, number):
+    def accuracy(config, split):
+        regularizer = config.regularizer
+        lacks = {
+            "second_derivative": regularizer.second_derivative == "0",
+            "curvature": dict(regularizer.options).get("curvature") == "gauss_newton",
+        }
+        return 60 + noise(config) - (5 if lacks[option] and split != "train" else 0)
+
+    found = verdicts_of("conv", accuracy)
+    assert len(found) == 9
+    judged = {finding: v.verdict for finding, v in found.items() if "test accuracy" in finding}
+    assert {finding[:2].strip(",") for finding, verdict in judged.items() if verdict == "shows"} == {number}
+    assert list(judged.values()).count("shows") == 3
+
+
+def test_a_net_with_batch_norm_is_taken_as_the_scale_has_it():
+    (recipe,) = {config.model for config in find_figure("conv").runs(QUICK, "mnist1d") if config.seed == 100} - {
+        replace(config.model, activation="relu") for config in find_figure("conv").runs(QUICK, "mnist1d")
+    }
+    assert (recipe.name, recipe.norm) == ("conv", "batch")
+    paper = find_scale("paper")
+    for data in paper.recipes:
+        assert {c.model.name for c in find_figure("conv").runs(paper, data)} == {paper.recipe(data).model.name}

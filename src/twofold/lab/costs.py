@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from twofold.lab.config import ModelConfig, RunConfig
 from twofold.lab.data import PUBLISHED
 from twofold.lab.evaluation import MOST_TRAINING_EXAMPLES
+from twofold.lab.figures.scales import find_scale
 from twofold.lab.models import MODELS
 from twofold.lab.ranks import num_batches
 from twofold.lab.report import Reproduction
@@ -127,6 +128,7 @@ class Cost:
         runs: how many there are.
         there: how many of them have a result already.
         hours: of a GPU or a core, for those that have none.
+        budget: hours that all of them may take; None where the scale sets no bound.
     """
 
     figure: str
@@ -135,6 +137,7 @@ class Cost:
     runs: int
     there: int
     hours: float
+    budget: float | None
 
 
 def estimate(reproduction: Reproduction, out: Path) -> list[Cost]:
@@ -144,17 +147,18 @@ def estimate(reproduction: Reproduction, out: Path) -> list[Cost]:
         reproduction: from `plan`.
         out: the output directory, whose results are reused.
     """
+    budgets = {name: minutes / 60 for name, minutes in find_scale(reproduction.scale).core_minutes.items()}
     costs, every = [], {}
     for name in reproduction.figures:
         for data in reproduction.data_of(name):
             configs = reproduction.configs_on(name, data)
             if configs:
                 every |= dict.fromkeys(configs)
-                costs.append(_cost(name, data, configs, out))
-    return [*costs, _cost("", "", every, out)]
+                costs.append(_cost(name, data, configs, out, budgets.get(name)))
+    return [*costs, _cost("", "", every, out, budgets.get(""))]
 
 
-def _cost(figure: str, data: str, configs: Iterable[RunConfig], out: Path) -> Cost:
+def _cost(figure: str, data: str, configs: Iterable[RunConfig], out: Path, budget: float | None) -> Cost:
     directories = [RunDirectory(out, config) for config in configs]
     missing = [directory.config for directory in directories if not directory.has_result()]
     units = {SPEEDS[directory.config.device.partition(":")[0]].unit for directory in directories}
@@ -165,4 +169,5 @@ def _cost(figure: str, data: str, configs: Iterable[RunConfig], out: Path) -> Co
         runs=len(directories),
         there=len(directories) - len(missing),
         hours=sum(map(seconds, missing)) / 3600,
+        budget=budget,
     )

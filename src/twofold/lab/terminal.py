@@ -105,15 +105,19 @@ def verdict_table(verdicts: "Sequence[Verdict]") -> Table:
 
 def cost_table(costs: "Sequence[Cost]") -> Table:
     """One row for each figure and data set, and all together last."""
-    *rows, total = costs
+    total = costs[-1]
     found = table("Runs, and what those not there yet take; what figures share counts once in all", ("figure", "data"))
     time_unit, factor = ("hours", 1) if total.hours >= 1 else ("minutes", 60)
     for name in ("runs", "there", f"{total.unit}-{time_unit}"):
         found.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        found.add_row(row.figure, row.data, str(row.runs), str(row.there), _few_digits(factor * row.hours))
-    found.add_section()
-    found.add_row("all", "", str(total.runs), str(total.there), _few_digits(factor * total.hours))
+    if total.budget is not None:
+        found.add_column("at most", justify="right", no_wrap=True)
+    for row in costs:
+        if row is total:
+            found.add_section()
+        budget = [] if row.budget is None else [_few_digits(factor * row.budget)]
+        name = "all" if row is total else row.figure
+        found.add_row(name, row.data, str(row.runs), str(row.there), _few_digits(factor * row.hours), *budget)
     return found
 
 

@@ -21,6 +21,7 @@ class Scale:
         recipes: data set's name -> the recipe that its figures start from; the data sets it can run.
         default_data: the data sets that run where none is named.
         fewer_data: figure's name -> the data sets that it runs where none is named, if not all of `default_data`.
+        core_minutes: figure's name -> what its runs may take of one core, were they alone; "" for all figures together.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Scale:
     recipes: dict[str, Callable[[], RunConfig]]
     default_data: tuple[str, ...]
     fewer_data: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    core_minutes: dict[str, float] = field(default_factory=dict)
 
     def data_of(self, figure: str) -> tuple[str, ...]:
         """The data sets that a figure runs where none is named."""
@@ -65,6 +67,14 @@ _PUBLISHED = {
 }
 _SMALL = {"mnist1d": mnist1d, "fashion-mnist": fashion_mnist}
 
+_QUICK_CORE_MINUTES = {
+    **{"1": 3, "2": 3, "3": 3, "4": 1.5, "5": 1.25, "6": 0.75, "8": 2, "9": 1.25, "10": 2.5},
+    **{"conv": 2, "leaky": 1.5, "mechanism": 0.5, "samples": 1.25, "share": 1.25, "siblings": 1.5, "slow": 1.5},
+    "transformer": 1,
+    "": 20,  # ten minutes on two cores
+}
+"""Half as much again as --dry-run says, or more: it does not know how busy a machine is."""
+
 SCALES = {
     scale.name: scale
     for scale in (
@@ -77,10 +87,11 @@ SCALES = {
         ),
         Scale(
             "quick",
-            "minutes on two cores: small networks, three seeds",
+            "within ten minutes on two cores: small networks, three seeds",
             _seeds(3),
             dict(_SMALL),
             ("mnist1d",),
+            core_minutes=_QUICK_CORE_MINUTES,
         ),
         Scale(
             "cpu",

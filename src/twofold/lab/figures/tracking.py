@@ -15,7 +15,7 @@ from twofold.lab.figures.scales import Scale
 from twofold.lab.figures.strength_figure import strength_figure
 from twofold.lab.figures.verdicts import Finding, paired_difference
 
-RHO = {name: values[:3] for name, values in figure_1.RHO.items()}
+RHO = {**{name: values[:3] for name, values in figure_1.RHO.items()}, "quick": (0.1, 0.2)}
 """Up to 0.2, where the trial runs saw the effect."""
 
 
