@@ -332,9 +332,9 @@ def test_reproduce_then_report(run, tmp_path, monkeypatch):
 
 
 def test_a_failed_run_is_told_and_the_report_written(run, tmp_path, monkeypatch):
-    def no_luck(compute, directory, data_dir):
-        directory.fail("RuntimeError: no luck")
-        return "failed", "RuntimeError: no luck"
+    def no_luck(compute, task, data_dir):
+        task.directory.fail("RuntimeError: no luck")
+        return lab_sweep._Outcome("failed", "RuntimeError: no luck")
 
     monkeypatch.setattr(lab_sweep, "_work", no_luck)
     code, out, err = run("reproduce 1 --scale smoke --workers 1 --out here")

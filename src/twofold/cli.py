@@ -3,12 +3,16 @@
 The only place that prints. Results go to stdout, progress and errors to stderr.
 """
 
+import io
 import os
 import shlex
+import signal
 import sys
+import threading
 import traceback
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -45,8 +49,12 @@ DESCRIPTION = """Measure and regularise both halves of the Hessian, H = GN + NME
 _python_format_warning = warnings.formatwarning
 
 
+class _Stopped(KeyboardInterrupt):
+    """A signal that asks this process to end."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 2 for an error, 130 for Ctrl-C."""
+    """Run one command and return its exit code: 0, 1 where runs failed, 2 for an error, 128 + n for signal n."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     given = [argument for argument in given if argument != "--debug"]
@@ -56,15 +64,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.formatwarning = _format_warning
     if int(os.environ.get("RANK", "0")):  # of the processes that torchrun starts, the first speaks for all
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a path may be no text
     commands = {f.__name__: f for f in (train, sweep, reproduce, report, measure, data)}
     try:
-        result = tyro.extras.subcommand_cli_from_dict(
-            commands, prog="twofold", description=DESCRIPTION, args=given or ["--help"]
-        )
+        with _stoppable():
+            result = tyro.extras.subcommand_cli_from_dict(
+                commands, prog="twofold", description=DESCRIPTION, args=given or ["--help"]
+            )
         return result or 0
-    except KeyboardInterrupt:
-        print("twofold: interrupted; finished runs are kept, the same command goes on.", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        number = stop.args[0] if isinstance(stop, _Stopped) else signal.SIGINT
+        how = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
+        print(f"twofold: {how}; finished runs are kept, the same command goes on.", file=sys.stderr)
+        return 128 + number
     except BrokenPipeError:  # the reader of our output has left, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
@@ -76,6 +90,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             print(f"twofold: {type(error).__name__}: {error} (--debug shows where)", file=sys.stderr)
         return 2
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Let SIGTERM and a lost terminal (SIGHUP) end a command as Ctrl-C does, unless they are dealt with already."""
+
+    def stop(number: int, _frame: object) -> None:
+        raise _Stopped(number)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGHUP)}
+        before = {s: handler for s, handler in before.items() if handler is signal.SIG_DFL}
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def train(
@@ -316,6 +350,8 @@ def data(
     """
     from twofold.lab.data import DATA_SETS, fetch
 
+    if action == "fetch" and data_dir is not None:
+        data_dir.mkdir(parents=True, exist_ok=True)
     place = _data_dir(data_dir)
     chosen = {name: _choose("data set", name, DATA_SETS) for name in names or DATA_SETS}
     for name, load_source in chosen.items():
@@ -342,6 +378,8 @@ def _choose(kind: str, name: str, known: Mapping[str, T]) -> T:
 
 
 def _data_dir(given: Path | None) -> Path:
+    if given is not None and not given.is_dir():
+        raise TwofoldError(f"--data-dir {given} is no directory.")
     return given or Path(os.environ.get("TWOFOLD_DATA") or "data")
 
 
@@ -361,8 +399,12 @@ def _tell_costs(reproduction: "Reproduction", out: Path) -> int:
 def _tell_runs(result: "SweepResult", out: Path) -> int:
     computed = len(result.finished) + len(result.diverged) - result.reused
     print(f"runs: {computed} computed, {result.reused} reused, {len(result.diverged)} diverged, in {out / 'runs'}")
+    alike: dict[str, list[str]] = {}
     for name, error in result.failed.items():
-        print(f"twofold: run {name} failed: {error}", file=sys.stderr)
+        alike.setdefault(error, []).append(name)
+    for error, names in alike.items():
+        others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        print(f"twofold: run {names[0]}{others} failed: {error.partition(chr(10))[0]}", file=sys.stderr)
     return 1 if result.failed else 0
 
 

@@ -4,6 +4,7 @@ A recipe is a function that returns a RunConfig; a variant changes fields of it 
 """
 
 import math
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
@@ -55,7 +56,7 @@ class _Config:
     def _real(self, name: str, low: float = 0.0, high: float = math.inf, open_low: bool = False) -> None:
         """Check a finite number and store it as a float, so that 1 and 1.0 are the same run."""
         came = getattr(self, name)
-        number = not isinstance(came, bool) and isinstance(came, int | float) and math.isfinite(came)
+        number = isinstance(came, int | float) and not isinstance(came, bool) and abs(came) <= sys.float_info.max
         if not number or came < low or came > high or (open_low and came == low):
             bound = f"above {low:g}" if open_low else f"of at least {low:g}"
             bound += "" if high == math.inf else f" and at most {high:g}"

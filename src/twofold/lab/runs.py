@@ -11,10 +11,7 @@
 Every file is written beside its place and renamed into it, so that a reader sees the whole file or none.
 """
 
-import csv
-import io
 import json
-import os
 import platform
 import tempfile
 import warnings
@@ -29,7 +26,6 @@ from typing import Any, Literal
 
 import filelock
 import pandas as pd
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -38,6 +34,17 @@ import twofold
 from twofold.curvature.track import Tracker
 from twofold.errors import TwofoldError, TwofoldWarning
 from twofold.lab.config import RunConfig
+from twofold.lab.files import (
+    checksum,
+    make_room,
+    read_json,
+    read_table,
+    read_tensors,
+    to_csv,
+    to_json,
+    unwritable,
+    write_whole,
+)
 from twofold.lab.models import build
 
 Status = Literal["finished", "diverged", "failed"]
@@ -115,18 +122,19 @@ def prepare_output(out: Path) -> None:
     """Make `<out>/runs` and see that it can be written to.
 
     Raises:
-        TwofoldError: it cannot.
+        UnwritableError: it cannot.
     """
     runs = Path(out) / "runs"
     try:
         runs.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=runs):
-            pass
+        with tempfile.TemporaryFile(dir=runs) as file:
+            file.write(bytes(1 << 16))  # a full disk still takes an empty file
     except OSError as error:
-        raise TwofoldError(
-            f"The output directory {out} cannot be written to ({error.strerror or error}). "
-            "Name another, or free it, with --out."
-        ) from error
+        raise unwritable(Path(out), error) from error
+
+
+class BusyError(TwofoldError):
+    """Another process computes this run at the moment."""
 
 
 class RunDirectory:
@@ -143,11 +151,33 @@ class RunDirectory:
         self.path = Path(out) / "runs" / self.id
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Wait until no other process computes this run, then keep others waiting; a killed process lets go."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(self.path / ".lock"):
+    def lock(self, *, wait: bool = True) -> Iterator[None]:
+        """Keep other processes from computing this run; a killed process lets go. Nests within a process.
+
+        Args:
+            wait: whether to wait (then told) until no other process computes it.
+
+        Raises:
+            BusyError: another process computes it, and `wait` is False.
+            UnwritableError: the directory cannot be written to.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = filelock.FileLock(self.path / ".lock", is_singleton=True)
+            try:
+                lock.acquire(timeout=0)
+            except filelock.Timeout:
+                busy = f"Another process computes {self.path} at the moment."
+                if not wait:
+                    raise BusyError(busy) from None
+                warnings.warn(f"{busy} This one waits for it.", TwofoldWarning, stacklevel=2)
+                lock.acquire()
+        except (OSError, NotImplementedError) as error:
+            raise unwritable(self.path, error) from error
+        try:
             yield
+        finally:
+            lock.release()
 
     def is_busy(self) -> bool:
         """Whether a process computes this run at the moment."""
@@ -184,12 +214,18 @@ class RunDirectory:
 
     def begin(self) -> None:
         """Clear what an earlier attempt left, except its checkpoint; write configuration and environment."""
-        for stale in [_STATUS, _METRICS, _TRACKED, _WEIGHTS]:
-            (self.path / stale).unlink(missing_ok=True)
-        for stale in self.path.glob(".*.tmp"):
-            stale.unlink(missing_ok=True)
-        self._write(_CONFIG, _json(self.config.to_dict()))
-        self._write(_ENVIRONMENT, _json(_environment(self.config)))
+        try:
+            for stale in [_STATUS, _METRICS, _TRACKED, _WEIGHTS]:
+                make_room(self.path / stale)
+            for other in [_CONFIG, _ENVIRONMENT, _CHECKPOINT]:
+                if (self.path / other).is_dir():
+                    make_room(self.path / other)
+            for leftover in self.path.glob(".*.tmp"):
+                leftover.unlink()
+        except OSError as error:
+            raise unwritable(self.path, error) from error
+        self._write(_CONFIG, to_json(self.config.to_dict()))
+        self._write(_ENVIRONMENT, to_json(_environment(self.config)))
 
     def write_checkpoint(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Keep what is needed to go on: tensors by name, and JSON values."""
@@ -205,7 +241,7 @@ class RunDirectory:
         if not path.exists():
             return None
         try:
-            tensors, metadata = _load_safetensors(path)
+            tensors, metadata = read_tensors(path)
             if metadata.get("sha256") != _checksum(tensors, metadata.get("state", "")):
                 raise TwofoldError(f"{path} is damaged: its checksum does not match.")
         except TwofoldError as error:
@@ -228,31 +264,25 @@ class RunDirectory:
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
         # one entry: safetensors writes several in random order, and the file would differ from run to run
         metadata = {"model": json.dumps({"input_shape": list(input_shape), "num_classes": num_classes})}
-        self._write(_METRICS, _csv(rows))
+        self._write(_METRICS, to_csv(rows))
         self._write(_WEIGHTS, safetensors.torch.save(weights, metadata))
         record: dict[str, Any] = {"status": status, "seconds": round(seconds, 3)}
         if tracker is not None:
-            self._write(_TRACKED, _csv(tracker.history))
+            self._write(_TRACKED, to_csv(tracker.history))
             record["tracking"] = asdict(tracker.overhead)
         files = [_CONFIG, _METRICS, _WEIGHTS, *([_TRACKED] if tracker is not None else [])]
-        record["sha256"] = {name: _file_checksum(self.path / name) for name in files}
-        self._write(_STATUS, _json(record))
+        record["sha256"] = {name: checksum(self.path / name) for name in files}
+        self._write(_STATUS, to_json(record))
         (self.path / _CHECKPOINT).unlink(missing_ok=True)
 
     def fail(self, error: str) -> None:
         """Record that the run failed, and why; the next attempt goes on from its checkpoint."""
         self.path.mkdir(parents=True, exist_ok=True)
-        self._write(_CONFIG, _json(self.config.to_dict()))
-        self._write(_STATUS, _json({"status": "failed", "error": error, "sha256": {}}))
+        self._write(_CONFIG, to_json(self.config.to_dict()))
+        self._write(_STATUS, to_json({"status": "failed", "error": error, "sha256": {}}))
 
     def _write(self, name: str, content: bytes, durable: bool = True) -> None:
-        temporary = self.path / f".{name}.{os.getpid()}.tmp"
-        with temporary.open("wb") as file:
-            file.write(content)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        temporary.replace(self.path / name)
+        write_whole(self.path / name, content, durable=durable)
 
 
 def load_run(directory: Path) -> Run:
@@ -265,20 +295,25 @@ def load_run(directory: Path) -> Run:
     if not (path / _STATUS).exists():
         state = "has not finished" if (path / _CONFIG).exists() else "is no run directory"
         raise TwofoldError(f"{path} {state}: it holds no {_STATUS}.")
-    status = _read_json(path / _STATUS)
+    status = read_json(path / _STATUS)
     checksums = status.get("sha256")
     if status.get("status") not in ("finished", "diverged", "failed") or not isinstance(checksums, dict):
         raise TwofoldError(f"{path / _STATUS} is damaged: it holds no status that is known.")
     if status["status"] != "failed":
         _verify(path, checksums)
-    config = RunConfig.from_dict(_read_json(path / _CONFIG))
+    values = read_json(path / _CONFIG)
+    try:
+        config = RunConfig.from_dict(values)
+    except TwofoldError as error:
+        raise TwofoldError(f"{path / _CONFIG} is damaged: {error}") from error
     metrics, tracked = pd.DataFrame(), pd.DataFrame()
     if status["status"] != "failed":
-        metrics = _read_table(path / _METRICS)
+        metrics = read_table(path / _METRICS)
         if config.track_every:
-            tracked = _read_table(path / _TRACKED)
+            tracked = read_table(path / _TRACKED)
     final = {str(name): value for name, value in metrics.iloc[-1].items()} if len(metrics) else {}
-    error, tracking = status.get("error", ""), status.get("tracking", {})
+    error, tracking = str(status.get("error", "")), status.get("tracking")
+    tracking = tracking if isinstance(tracking, dict) else {}
     return Run(path.name, config, status["status"], metrics, final, path, error, tracked, tracking)
 
 
@@ -330,9 +365,12 @@ def load_model(directory: Path) -> tuple[nn.Module, RunConfig]:
     run = load_run(directory)
     if run.status == "failed":
         raise TwofoldError(f"{run.path} has no weights: the run failed.")
-    weights, metadata = _load_safetensors(run.path / _WEIGHTS)
-    model = build(run.config.model, **json.loads(metadata["model"]), seed=0)
-    model.load_state_dict(weights)
+    weights, metadata = read_tensors(run.path / _WEIGHTS)
+    try:
+        model = build(run.config.model, **json.loads(metadata["model"]), seed=0)
+        model.load_state_dict(weights)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise TwofoldError(f"{run.path / _WEIGHTS} does not fit the model of {_CONFIG}: {error}") from error
     return model.eval(), run.config
 
 
@@ -359,14 +397,8 @@ def _environment(config: RunConfig) -> dict[str, Any]:
 
 def _verify(path: Path, checksums: Mapping[str, str]) -> None:
     for name in (_CONFIG, _METRICS, _WEIGHTS, *({_TRACKED} & checksums.keys())):
-        if not (path / name).exists():
-            raise TwofoldError(f"{path / name} is missing.")
-        if _file_checksum(path / name) != checksums.get(name):
+        if checksum(path / name) != checksums.get(name):
             raise TwofoldError(f"{path / name} is damaged: its checksum is not the one in {_STATUS}.")
-
-
-def _file_checksum(path: Path) -> str:
-    return sha256(path.read_bytes()).hexdigest()
 
 
 def _checksum(tensors: Mapping[str, Tensor], text: str) -> str:
@@ -374,44 +406,3 @@ def _checksum(tensors: Mapping[str, Tensor], text: str) -> str:
     for name in sorted(tensors):
         digest.update(name.encode() + bytes(tensors[name].reshape(-1).view(torch.uint8).numpy()))
     return digest.hexdigest()
-
-
-def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            names = file.keys()
-            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-    except (safetensors.SafetensorError, OSError) as error:
-        raise TwofoldError(f"{path} is damaged: {error}.") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise TwofoldError(f"{path} is damaged: {error}.") from error
-    if not isinstance(values, dict):
-        raise TwofoldError(f"{path} is damaged: it holds no JSON object.")
-    return values
-
-
-def _read_table(path: Path) -> pd.DataFrame:
-    """The table exactly as written; pandas' own reader may change a last bit."""
-    with path.open(newline="") as file:
-        columns, *rows = csv.reader(file)
-    values = [[float(text or "nan") for text in row] for row in rows]
-    table = pd.DataFrame(values, columns=columns)
-    return table.astype({name: int for name in ("epoch", "step") if name in table})
-
-
-def _json(values: Mapping[str, Any]) -> bytes:
-    return (json.dumps(values, indent=2) + "\n").encode()
-
-
-def _csv(rows: Sequence[Row]) -> bytes:
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().encode()

@@ -6,15 +6,16 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from twofold.errors import TwofoldWarning
+from twofold.errors import TwofoldError, TwofoldWarning
 from twofold.lab import ranks
 from twofold.lab.config import RunConfig
 from twofold.lab.data import load
+from twofold.lab.files import UnwritableError
 from twofold.lab.places import Place, WorkerDiedError, find_place
-from twofold.lab.runs import RunDirectory, prepare_output
+from twofold.lab.runs import BusyError, RunDirectory, prepare_output
 from twofold.lab.training import train
 
 Progress = Callable[[int, int, float | None], None]
@@ -34,13 +35,31 @@ class SweepResult:
         finished: ids of the finished runs, in the order of the configurations.
         diverged: ids of those whose loss became infinite or NaN: results, with metrics.
         failed: id -> error of those that raised, or whose process died twice; the traceback is in their status.json.
-        reused: how many of the finished and diverged were there before.
+        reused: how many of the finished and diverged were there before, or came from another sweep meanwhile.
     """
 
     finished: tuple[str, ...]
     diverged: tuple[str, ...]
     failed: Mapping[str, str]
     reused: int
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A run to compute; `again`: its worker died once; `wait`: another process computed it when it was tried."""
+
+    directory: RunDirectory
+    again: bool = False
+    wait: bool = False
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What a worker says of its task: a run's status, "busy" or "unwritable"; `found`: it was there already."""
+
+    status: str
+    error: str = ""
+    found: bool = False
 
 
 def compute(directory: RunDirectory, data_dir: Path | None) -> str:
@@ -79,93 +98,141 @@ def sweep(
 
     Raises:
         TwofoldError: before anything starts: `out` cannot be written to, data cannot be had, or the place cannot be
-            used.
+            used; later: `out` cannot be written to any more (an UnwritableError), or the place takes no more runs.
     """
     # workers outlive a sweep, and with it the directory that relative paths start from
     out, data_dir = Path(out).absolute(), None if data_dir is None else Path(data_dir).absolute()
-    gpus = int(any(config.device.startswith("cuda") for config in configs))
-    there = find_place(place, workers, out, gpus=gpus)
-    prepare_output(out)
     directories = {directory.id: directory for directory in (RunDirectory(out, config) for config in configs)}
     group = ranks.join(ranks.launched(), next((config.device for config in configs), "cpu"))
-    outcomes: dict[str, tuple[str, str]] = ranks.from_first(
-        {name: (run.status, "") for name, d in directories.items() if (run := d.result()) is not None}, group
+    outcomes: dict[str, _Outcome] = ranks.from_first(
+        {name: _Outcome(run.status, found=True) for name, d in directories.items() if (run := d.result())}, group
     )
-    reused = len(outcomes)
     pending = [directory for name, directory in directories.items() if name not in outcomes]
-    for data in {directory.config.data for directory in pending}:
-        load(data, data_dir)
-
-    report = _Report(progress, reused, len(directories))
+    there = None
     if pending:
+        prepare_output(out)
+        for data in {directory.config.data for directory in pending}:
+            load(data, data_dir)
+        gpus = int(any(directory.config.device.startswith("cuda") for directory in pending))
+        there = find_place(place, workers, out, gpus=gpus)
         there.slots = min(there.slots, len(pending))
+    report = _Report(progress, len(outcomes), len(directories))
+    if there is not None:
 
-        def submit(directory: RunDirectory) -> Future:
-            return there.submit(_work, compute, directory, data_dir)
+        def submit(task: _Task) -> Future:
+            return there.submit(_work, compute, task, data_dir)
 
-        def take(waiting: deque[RunDirectory]) -> RunDirectory:
-            free = (i for i, directory in enumerate(waiting) if not directory.is_busy())
+        def take(waiting: deque[_Task]) -> _Task:
+            free = (i for i, task in enumerate(waiting) if not task.directory.is_busy())
             i = ranks.from_first(next(free, 0) if ranks.is_first() else 0, group)
-            directory = waiting[i]
+            task = waiting[i]
             del waiting[i]
-            return directory
+            return task
 
-        def record(directory: RunDirectory, status: str, error: str) -> None:
-            outcomes[directory.id] = (status, error)
-            report.one_more()
+        def record(task: _Task, outcome: _Outcome) -> None:
+            outcomes[task.directory.id] = outcome
+            report.one_more(outcome)
 
         try:
             _run_all(pending, there, take, submit, record)
         except BaseException:
             there.stop()
             raise
+    status = {name: outcomes[name].status for name in directories}
     return SweepResult(
-        finished=tuple(name for name in directories if outcomes[name][0] == "finished"),
-        diverged=tuple(name for name in directories if outcomes[name][0] == "diverged"),
-        failed={name: outcomes[name][1] for name in directories if outcomes[name][0] == "failed"},
-        reused=reused,
+        finished=tuple(name for name in directories if status[name] == "finished"),
+        diverged=tuple(name for name in directories if status[name] == "diverged"),
+        failed={name: outcomes[name].error for name in directories if status[name] == "failed"},
+        reused=sum(outcome.found for outcome in outcomes.values()),
     )
 
 
 def _run_all(
     pending: Sequence[RunDirectory],
     place: Place,
-    take: Callable[[deque[RunDirectory]], RunDirectory],
-    submit: Callable[[RunDirectory], Future],
-    record: Callable[[RunDirectory, str, str], None],
+    take: Callable[[deque[_Task]], _Task],
+    submit: Callable[[_Task], Future],
+    record: Callable[[_Task, _Outcome], None],
 ) -> None:
     """Keep every slot busy, and try a run whose worker died once more: alone where one death takes all in flight."""
-    waiting, again = deque(pending), deque[RunDirectory]()
-    in_flight: dict[Future, tuple[RunDirectory, bool]] = {}
+    waiting, again = deque(_Task(directory) for directory in pending), deque[_Task]()
+    in_flight: dict[Future, _Task] = {}
+    told = False
     while waiting or again or in_flight:
         while again and len(in_flight) < (place.slots if place.isolated else 1):
-            directory = again.popleft()
-            in_flight[submit(directory)] = (directory, True)
-        alone = not place.isolated and (bool(again) or any(second for _, second in in_flight.values()))
+            task = again.popleft()
+            in_flight[submit(task)] = task
+        alone = not place.isolated and (bool(again) or any(task.again for task in in_flight.values()))
         while waiting and not alone and len(in_flight) < place.slots:
-            directory = take(waiting)
-            in_flight[submit(directory)] = (directory, False)
+            task = take(waiting)
+            if task.wait and not told:
+                told = True
+                warnings.warn("Another process computes some of these runs; they are waited for.", TwofoldWarning)
+            in_flight[submit(task)] = task
         done, _ = wait(in_flight, return_when=FIRST_COMPLETED)
-        if not place.isolated and any(isinstance(future.exception(), WorkerDiedError) for future in done):
+        if not place.isolated and any(_died(future) for future in done):
             done, _ = wait(in_flight)
+        lost = sum(_died(future) and not in_flight[future].again for future in done)
+        if lost:
+            these = "its run is" if lost == 1 else f"its run and {lost - 1} beside it are"
+            warnings.warn(f"A worker died: killed, out of memory, or crashed; {these} tried once more.", TwofoldWarning)
         for future in done:
-            directory, second = in_flight.pop(future)
-            if not isinstance(future.exception(), WorkerDiedError):
-                record(directory, *future.result())
-            elif second:
-                directory.fail(_DIED_TWICE)
-                record(directory, "failed", _DIED_TWICE)
+            task = in_flight.pop(future)
+            if not _died(future):
+                outcome = _result(future, task)
+            elif task.again:
+                outcome = _give_up(task)
             else:
-                again.append(directory)
+                again.append(replace(task, again=True))
+                continue
+            if outcome.status == "unwritable":
+                raise UnwritableError(outcome.error)
+            if outcome.status == "busy":
+                (again if task.again else waiting).append(replace(task, wait=True))
+            else:
+                record(task, outcome)
 
 
-def _work(compute: Compute, directory: RunDirectory, data_dir: Path | None) -> tuple[str, str]:
+def _died(future: Future) -> bool:
+    return isinstance(future.exception(), WorkerDiedError)
+
+
+def _result(future: Future, task: _Task) -> _Outcome:
+    error = future.exception()
+    if error is None:
+        return future.result()
+    reason = f"{error}".strip().rpartition("\n")[2] or type(error).__name__
+    raise TwofoldError(f"Run {task.directory.id} could not be started: {reason}") from error
+
+
+def _give_up(task: _Task) -> _Outcome:
+    """Record that a worker died twice, unless another sweep has taken the run meanwhile."""
+    try:
+        with task.directory.lock(wait=False):
+            if (run := task.directory.result()) is not None:
+                return _Outcome(run.status, found=True)
+            task.directory.fail(_DIED_TWICE)
+    except BusyError:
+        return _Outcome("busy")
+    return _Outcome("failed", _DIED_TWICE)
+
+
+def _work(compute: Compute, task: _Task, data_dir: Path | None) -> _Outcome:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", TwofoldWarning)  # a sweep varies on purpose what they warn about
-            return compute(directory, data_dir), ""
+            if ranks.launched() > 1:  # the ranks of a run agree among themselves on who waits for what
+                return _Outcome(compute(task.directory, data_dir))
+            with task.directory.lock(wait=task.wait):
+                if (run := task.directory.result()) is not None:
+                    return _Outcome(run.status, found=True)
+                return _Outcome(compute(task.directory, data_dir))
+    except BusyError:
+        return _Outcome("busy")
+    except UnwritableError as error:
+        return _Outcome("unwritable", str(error))
     except Exception as error:
-        return "failed", "".join(traceback.format_exception_only(error)).strip()
+        return _Outcome("failed", "".join(traceback.format_exception_only(error)).strip())
 
 
 class _Report:
@@ -176,11 +243,11 @@ class _Report:
         self._computed, self._started = 0, time.monotonic()
         self._tell(None)
 
-    def one_more(self) -> None:
+    def one_more(self, outcome: _Outcome) -> None:
         self._done += 1
-        self._computed += 1
+        self._computed += not outcome.found
         elapsed = time.monotonic() - self._started
-        self._tell(elapsed / self._computed * (self._total - self._done))
+        self._tell(elapsed / self._computed * (self._total - self._done) if self._computed else None)
 
     def _tell(self, seconds_left: float | None) -> None:
         if self._progress is not None:

@@ -24,6 +24,7 @@ from twofold.lab.building import build_backward, build_optimizer, build_regulari
 from twofold.lab.config import RunConfig
 from twofold.lab.data import Dataset, augment, load
 from twofold.lab.evaluation import build_tracker, evaluate, measure_curvature
+from twofold.lab.files import UnwritableError
 from twofold.lab.loggers import Log, opened
 from twofold.lab.models import build
 from twofold.lab.runs import Row, RunDirectory
@@ -62,8 +63,8 @@ def train(
         loggers: "tensorboard", "wandb" or both get every row and what is tracked; they write into the directory.
 
     Raises:
-        TwofoldError: the data cannot be had, parts of the configuration do not fit each other, or there is no directory
-            to write what is tracked into.
+        TwofoldError: the data cannot be had, parts of the configuration do not fit each other, there is no directory
+            to write what is tracked into, or it cannot be written to.
 
     Example:
         >>> from dataclasses import replace
@@ -86,6 +87,8 @@ def train(
             with opened(loggers if rank(group) == 0 else (), None if own is None else own.path, config) as log:
                 rows = _train(config, data_dir, own, progress=progress, log=log, group=group)
                 return pd.DataFrame(ranks.from_first(rows, group))
+        except UnwritableError:
+            raise  # no fault of this run, and there is nowhere to tell it
         except Exception:
             if own is not None:
                 own.fail(traceback.format_exc())

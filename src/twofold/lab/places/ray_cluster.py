@@ -1,6 +1,8 @@
 """A Ray cluster: the one that is running, or one that is started on this machine."""
 
 import logging
+import signal
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
@@ -30,6 +32,7 @@ class RayCluster:
             raise TwofoldError("A sweep on Ray needs Ray: pip install 'twofold[ray]'.") from error
         self._ray = ray
         if not ray.is_initialized():
+            terminate = signal.getsignal(signal.SIGTERM)
             try:
                 ray.init(
                     address=address,
@@ -38,8 +41,10 @@ class RayCluster:
                     log_to_driver=False,
                     logging_level=logging.ERROR,
                 )
-            except (ConnectionError, ValueError, RuntimeError) as error:
+            except (OSError, ValueError, RuntimeError) as error:
                 raise TwofoldError(f"No Ray cluster can be reached at {address or 'this machine'}: {error}") from error
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, terminate)  # Ray's own handler would end us without a word
         self.slots = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
         self._options = {"num_cpus": 1, "num_gpus": gpus, "max_retries": 0}
         self._in_flight: set[Any] = set()

@@ -63,7 +63,10 @@ class Slurm:
         """Compute function(*arguments) as a job."""
         outer: Future = Future()
         outer.set_running_or_notify_cancel()
-        job = self._executor.submit(function, *arguments)
+        try:
+            job = self._executor.submit(function, *arguments)
+        except Exception as error:  # sbatch refuses in many ways, and a full disk takes no script
+            raise TwofoldError(f"Slurm does not take the job: {f'{error}'.strip()}") from error
         with self._changed:
             self._waiting[job] = (outer, time.monotonic())
             self._changed.notify()
@@ -73,7 +76,7 @@ class Slurm:
         """Cancel the jobs in the queue."""
         with self._changed:
             for job in self._waiting:
-                job.cancel()
+                job.cancel(check=False)
 
     def _watch(self) -> None:
         while True:
@@ -95,7 +98,11 @@ class Slurm:
     def _finish(self, job: Any, outer: Future) -> None:
         with self._changed:
             del self._waiting[job]
-        outcome, value = self._read(job.paths.result_pickle)
+        try:
+            outcome, value = self._read(job.paths.result_pickle)
+        except Exception:  # cut off, as on a full disk
+            outer.set_exception(WorkerDiedError())
+            return
         if outcome == "success":
             outer.set_result(value)
         else:

@@ -10,7 +10,6 @@ runs/<id>/                        the runs themselves
 from __future__ import annotations
 
 import json
-import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +24,7 @@ from twofold.lab.config import RunConfig
 from twofold.lab.figures import Figure, find_figure, select_figures, style
 from twofold.lab.figures.scales import find_scale
 from twofold.lab.figures.verdicts import Verdict
+from twofold.lab.files import to_json, write_whole
 from twofold.lab.ranks import is_first, launched
 from twofold.lab.report.page import FigureOnPage, render_page
 from twofold.lab.runs import load_runs, load_table, prepare_output, run_id
@@ -144,7 +144,7 @@ def reproduce(
         "data": list(reproduction.data or find_scale(reproduction.scale).default_data),
         "figures": {name: [run_id(config) for config in of_figure] for name, of_figure in configs.items()},
     }
-    _write(Path(out) / RECORD, _json(record))
+    write_whole(Path(out) / RECORD, to_json(record))
     return write_report(out), result
 
 
@@ -163,15 +163,18 @@ def write_report(out: Path) -> Report:
     verdicts, figures = [], []
     for name, ids in record["figures"].items():
         figure = find_figure(name)
-        table = load_table(out, ids)
+        try:
+            table = load_table(out, ids)
+        except TwofoldError as error:
+            raise TwofoldError(f"{error} This computes it anew: {record['command']}") from error
         verdicts += figure.verdicts(table, scale)
         figures.append(_write_figure(figure, table, out, ids, _command(name, record, out)))
     runs = load_runs(out, list(dict.fromkeys(name for ids in record["figures"].values() for name in ids)))
-    _write(out / VERDICTS, _json([verdict.to_dict() for verdict in verdicts]))
+    write_whole(out / VERDICTS, to_json([verdict.to_dict() for verdict in verdicts]))
     page = render_page(
         scale=scale, data=record["data"], command=record["command"], verdicts=verdicts, figures=figures, runs=runs
     )
-    _write(out / PAGE, page.encode())
+    write_whole(out / PAGE, page.encode(errors="backslashreplace"))
     return Report(verdicts, out / PAGE)
 
 
@@ -190,7 +193,7 @@ def _write_figure(figure: Figure, table: pd.DataFrame, out: Path, ids: Sequence[
         narrow_svg = style.to_svg(narrow)
     csv = numbers.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode()
     for ending, content in (("svg", svg), ("png", png), ("csv", csv)):
-        _write(out / FIGURES / f"{figure.stem}.{ending}", content)
+        write_whole(out / FIGURES / f"{figure.stem}.{ending}", content)
     return FigureOnPage(figure, numbers, svg.decode(), narrow_svg.decode(), csv, ids, command)
 
 
@@ -207,20 +210,3 @@ def _read_record(path: Path) -> dict[str, Any]:
     if wrong:
         raise TwofoldError(f"{path} is damaged (at {', '.join(wrong)}). {again}")
     return record
-
-
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write beside the place and rename into it, so that a reader sees the whole file or none."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except OSError as error:
-        raise TwofoldError(f"{path} cannot be written: {error.strerror or error}.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
