@@ -199,6 +199,26 @@ def test_the_caller_finds_its_process_as_it_was_after_an_error():
     assert torch.equal(torch.get_rng_state(), random_state)
 
 
+@pytest.mark.parametrize("cuda", [False, True])
+def test_a_step_seeds_every_generator_that_it_may_draw_from(monkeypatch, cuda):
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed", seeded.append)
+    with torch.random.fork_rng(devices=[]):
+        training.seed_generators(7, cuda=cuda)
+        drawn = torch.rand(3)
+    assert torch.equal(drawn, torch.rand(3, generator=torch.Generator().manual_seed(7)))
+    assert seeded == ([7] if cuda else [])
+
+
+def test_convolutions_on_gpus_stay_with_cudnn():
+    before = torch.backends.cudnn.deterministic
+    with training.reproducible_convolutions():
+        assert torch.backends.cudnn.enabled
+        assert torch.backends.cudnn.deterministic
+        assert not torch.backends.cudnn.allow_tf32
+    assert torch.backends.cudnn.deterministic == before
+
+
 def test_a_loss_that_is_not_finite_is_a_result(tmp_path):
     config = replace(SMALL, model=ModelConfig(width=16, depth=2), optimizer=OptimizerConfig(lr=1e20))
     directory = RunDirectory(tmp_path, config)

@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +232,21 @@ def learning_rate(config: RunConfig, step: int, steps_per_epoch: int, num_steps:
     return config.optimizer.lr * (1 + math.cos(math.pi * (step - warmup) / (num_steps - warmup))) / 2
 
 
+def reproducible_convolutions() -> Any:
+    """On GPUs, the convolutions that give the same bits each time, and float32 where it says float32."""
+    return torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)  # the defaults turn it off
+
+
+def seed_generators(seed: int, *, cuda: bool) -> None:
+    """Seed torch's generator of the CPU, where regularizers draw too, and that of the present GPU.
+
+    torch.manual_seed would seed every device, at a hundred times the cost.
+    """
+    torch.default_generator.manual_seed(seed)
+    if cuda:
+        torch.cuda.manual_seed(seed)
+
+
 @contextmanager
 def _process_as_found(config: RunConfig) -> Iterator[Callable[[int], Any]]:
     """Set threads, modes and RNG for the run, and put back what was found; yields what seeds one step."""
@@ -243,10 +259,9 @@ def _process_as_found(config: RunConfig) -> Iterator[Callable[[int], Any]]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast(config.device.partition(":")[0], enabled=False))
-        stack.enter_context(torch.backends.cudnn.flags(deterministic=True) if cuda else nullcontext())
+        stack.enter_context(reproducible_convolutions())
         stack.callback(torch.set_num_threads, threads)
         stack.callback(torch.set_default_dtype, dtype)
         torch.set_num_threads(config.threads)
         torch.set_default_dtype(torch.float32)
-        # torch.manual_seed would seed every device, at a hundred times the cost
-        yield torch.cuda.manual_seed if cuda else torch.default_generator.manual_seed
+        yield partial(seed_generators, cuda=cuda)
