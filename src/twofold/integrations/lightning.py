@@ -137,7 +137,7 @@ class CurvatureMonitor(Callback):
         forward: forward(model, batch) -> (outputs, targets), for batches of another form.
         mode: "train", "eval", or None for the model as it is.
         num_probes: Rademacher probes for traces and norms; each takes about three gradients.
-        rho: length of SAM's step in `twofold.fidelity`; None leaves it out.
+        rho: length of SAM's step in `twofold.fidelity`; None leaves it out (weights in half precision are refused).
 
     Raises:
         TwofoldError: every_n_steps is no positive integer; when measuring, what `twofold.Curvature` refuses.

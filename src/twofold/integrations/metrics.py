@@ -24,7 +24,7 @@ class CurvatureMetrics:
         forward: forward(model, batch) -> (outputs, targets), for batches of another form.
         mode: "train", "eval", or None for the model as it is.
         num_probes: Rademacher probes for traces and norms.
-        rho: length of SAM's step in `twofold.fidelity`; None leaves it out.
+        rho: length of SAM's step in `twofold.fidelity`; None leaves it out (weights in half precision are refused).
     """
 
     def __init__(

@@ -165,7 +165,7 @@ def watch_curvature(
         params: names or glob patterns of parameters; None for all that require a gradient.
         mode: "train", "eval", or None for the model as it is.
         num_probes: Rademacher probes for traces and norms; each takes about three gradients.
-        rho: length of SAM's step in `twofold.fidelity`; None leaves it out.
+        rho: length of SAM's step in `twofold.fidelity`; None leaves it out (weights in half precision are refused).
 
     Returns:
         The callback that was added; trainer.remove_callback takes it away.
