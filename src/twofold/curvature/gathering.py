@@ -1,5 +1,6 @@
 """Gradients written into one vector as they come, so that they do not stand in memory beside it."""
 
+import threading
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -25,10 +26,13 @@ class Gathering:
 
     def __init__(self, leaves: Sequence[Tensor], layout: ParameterLayout) -> None:
         self._leaves, self._layout = leaves, layout
+        self._zeros: dict[Any, Tensor] = {}
+        self._lock = threading.Lock()  # the gradients of each device come in a thread of its own
         self._reset()
 
     def _reset(self) -> None:
         self._waiting: dict[int, Tensor] = {}
+        self._come = 0
         self._places: list[Tensor] = []
         self._written: set[int] = set()
         self._vector: Tensor | None = None
@@ -62,15 +66,21 @@ class Gathering:
         """Take a gradient and return what stands in its place, which holds no memory."""
         if gradient is None or torch.is_grad_enabled():  # a pass whose own graph is wanted
             return None
+        with self._lock:
+            self._write_away(at, gradient)
+            like = (gradient.dtype, gradient.device)
+            if like not in self._zeros:
+                self._zeros[like] = gradient.new_zeros(())
+        return self._zeros[like].expand(gradient.shape)
+
+    def _write_away(self, at: int, gradient: Tensor) -> None:
         self._waiting[at] = gradient
-        stand_in = gradient.new_zeros(()).expand(gradient.shape)
-        if self._vector is None and sum(map(Tensor.numel, self._waiting.values())) < _SHARE * self._layout.size:
-            return stand_in
-        if self._vector is None:
+        self._come += gradient.numel()
+        if self._vector is None and self._come >= _SHARE * self._layout.size:
             self._vector = torch.empty(self._layout.size, dtype=self._layout.dtype, device=self._layout.device)
             self._places = list(self._layout.as_dict(self._vector).values())
-        for place, one in self._waiting.items():
-            self._places[place].copy_(one)
-        self._written |= self._waiting.keys()
-        self._waiting.clear()
-        return stand_in
+        if self._vector is not None:
+            for place, one in self._waiting.items():
+                self._places[place].copy_(one)
+            self._written |= self._waiting.keys()
+            self._waiting.clear()
