@@ -40,6 +40,13 @@ def test_blocks_of_pages(name, tmp_path, monkeypatch):
     exec(compile(BLOCKS[name], name, "exec"), {})
 
 
+def test_the_gallery_shows_what_its_programs_make():
+    page = (ROOT / "docs" / "gallery.md").read_text()
+    made = re.findall(r"savefig\(\"(.*?)\"", page)
+    assert re.findall(r"\]\(gallery/(.*?)\)", page) == made
+    assert sorted(path.name for path in (ROOT / "docs" / "gallery").iterdir()) == sorted(made)
+
+
 def test_the_readme_has_examples():
     assert sum(name.startswith("readme") for name in BLOCKS) >= 3
 
