@@ -188,6 +188,8 @@ class RunDirectory:
             lock.acquire()
         except filelock.Timeout:
             return True
+        except OSError:  # whoever computes it will say
+            return False
         lock.release()
         return False
 

@@ -6,6 +6,7 @@ import signal
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import BrokenExecutor, Future
 from functools import cache
@@ -17,6 +18,9 @@ import loky
 import torch
 
 from twofold.lab.places import ONE_THREAD, WorkerDiedError
+
+# loky starts another worker in its place; a run that was lost is told of by the sweep
+warnings.filterwarnings("ignore", message="A worker stopped while some jobs were given", category=UserWarning)
 
 _CLAIMED: list[filelock.BaseFileLock] = []
 _IDLE_SECONDS = 30  # workers outlive a sweep by this long, so that the next one starts at once
