@@ -1,4 +1,5 @@
 import csv
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from twofold.lab.training import train
 
 STEPS_FILE = Path(__file__).parents[2] / "benchmarks" / "results" / "steps.csv"
 ROWS = {"mlp": "mlp", "conv": "wrn train", "transformer": "transformer"}
+PAPERS = tuple(map(str, range(1, 11)))
 METHODS = {
     "sam": "SAM",
     "gradient_penalty": "GradientPenalty",
@@ -122,3 +124,16 @@ def test_the_paper_scale_has_the_papers_data_sets():
         setups["imagenet"] = ("resnet", 350, 1024)
         assert found == {(name, *setups[name]) for name in data}
     assert Reproduction(("3",), "paper", ("cifar10",), "").configs("3")
+
+
+def test_the_page_on_the_paper_scale_tells_these_hours(tmp_path):
+    page = (STEPS_FILE.parents[2] / "docs" / "paper-scale.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| (\d*) *\| (\d*) *\| (\d*) *\|$", page, re.MULTILINE)
+    told = {
+        (figure, data): int(hours)
+        for figure, *columns in rows
+        for data, hours in zip(("imagenet", "cifar10", "fashion-mnist"), columns, strict=True)
+        if hours
+    }
+    found = {(cost.figure, cost.data): cost.hours for cost in estimate(plan(PAPERS, "paper", gpu=False), tmp_path)[:-1]}
+    assert told == {key: pytest.approx(hours, rel=0.05) for key, hours in found.items()}

@@ -1,6 +1,7 @@
 import os
 import pickle
 import random
+import struct
 import sys
 
 import numpy as np
@@ -79,6 +80,19 @@ def test_fashion_mnist_as_pictures(tmp_path, monkeypatch):
     data = load(DataConfig("fashion-mnist", num_train=9, num_validation=3), tmp_path)
     assert data.input_shape == (1, 28, 28)
     assert len(data.test.targets) == 6
+
+
+def test_fashion_mnist_where_torchvision_keeps_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("twofold.lab.data.fashion_mnist.DEBIAN", tmp_path / "none")
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part, count in (("train", 12), ("t10k", 4)):
+        images, labels = images_and_labels(count)
+        for name, array in (("images-idx3", images[:, 0, :28, :28]), ("labels-idx1", labels)):
+            header = struct.pack(f">4B{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
+            (raw / f"{part}-{name}-ubyte").write_bytes(header + array.tobytes())
+    data = load(DataConfig("fashion-mnist", num_train=9, num_validation=3), tmp_path)
+    assert (data.input_shape, len(data.test.targets)) == ((1, 28, 28), 4)
 
 
 def test_cifar10_that_is_nowhere(tmp_path):

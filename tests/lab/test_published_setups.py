@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+import twofold
 from lab.picture_files import cifar_binary, folders
 from lab.test_training import assert_same_weights, raising
 from twofold.errors import TwofoldError
@@ -19,6 +20,7 @@ from twofold.lab.building import build_optimizer
 from twofold.lab.config import ModelConfig, OptimizerConfig, RegularizerConfig, RunConfig
 from twofold.lab.models import build
 from twofold.lab.runs import RunDirectory, load_model
+from twofold.lab.targets import load_target
 from twofold.lab.training import train
 
 WIDE_RESNET = recipes.cifar10()
@@ -158,3 +160,15 @@ def test_norms_do_not_decay_where_the_recipe_says_so():
     assert all("norm" in names[id(p)] or "shortcut.1" in names[id(p)] for p in norms["params"])
     assert not any("norm" in names[id(p)] or "shortcut.1" in names[id(p)] for p in decayed["params"])
     assert len(decayed["params"]) + len(norms["params"]) == len(list(model.parameters()))
+
+
+def test_a_run_on_stored_pictures_can_be_measured(tmp_path, data_dir):
+    config = replace(RESNET, max_steps=2)
+    directory = RunDirectory(tmp_path, config)
+    train(config, data_dir=data_dir, directory=directory)
+    target = load_target(str(directory.path), num_examples=6, data_dir=data_dir)
+    [(inputs, targets)] = target.data
+    assert torch.equal(inputs, next(iter(target.data))[0])  # read again, and the centre again
+    assert (inputs.shape, targets.shape) == ((6, 3, 32, 32), (6,))
+    report = twofold.measure(target.model, target.loss_fn, target.data, num_probes=4, **target.options)
+    assert str(report)

@@ -15,7 +15,7 @@ from torch import nn
 
 from twofold.batches import describe
 from twofold.errors import TwofoldError
-from twofold.lab.data import load
+from twofold.lab.data import Batches, load
 from twofold.lab.runs import load_model
 from twofold.types import LossFn
 
@@ -77,7 +77,7 @@ def _run(directory: Path, num_examples: int | None, data_dir: Path | None) -> Ta
     torch.set_num_threads(config.threads)
     train_set = load(config.data, data_dir).train
     count = len(train_set.targets) if num_examples is None else min(num_examples, len(train_set.targets))
-    batches = list(train_set.batches(torch.arange(count).split(_BATCH)))
+    batches = Batches(train_set, count, _BATCH)
     title = f"{config.label()}: {count} of {len(train_set.targets)} training examples (labels as trained on)"
     return Target(title, model, F.cross_entropy, batches, {"mode": "eval"})
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from twofold.errors import TwofoldError
 from twofold.lab.data import cifar10, fashion_mnist, imagenet, mnist1d
 from twofold.lab.data.augmentation import AUGMENTATIONS, augment
-from twofold.lab.data.dataset import Dataset, Examples, Source, TensorPair, first_batch, prepare
+from twofold.lab.data.dataset import Batches, Dataset, Examples, Source, TensorPair, first_batch, prepare
 
 if TYPE_CHECKING:
     from twofold.lab.config import DataConfig
@@ -20,6 +20,7 @@ __all__ = [
     "AUGMENTATIONS",
     "DATA_SETS",
     "PUBLISHED",
+    "Batches",
     "Dataset",
     "Examples",
     "Source",

@@ -38,7 +38,7 @@ def load_source(data_dir: Path | None = None) -> Source:
     Raises:
         TwofoldError: there is none, or a file is missing or damaged.
     """
-    looked_in = places("cifar10", data_dir)
+    looked_in = places(data_dir, "cifar10")
     for version in _VERSIONS:
         for place in looked_in:
             for path in (place / version.folder, place / version.archive):

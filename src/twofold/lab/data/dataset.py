@@ -1,5 +1,6 @@
 """From the published examples to the examples of one run: subset, split, label noise, pooling, scale."""
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Self
@@ -44,6 +45,21 @@ class TensorPair(NamedTuple):
 
 Examples = TensorPair | StoredImages
 """What a run trains or is evaluated on; both kinds have targets, input_shape, take, to and batches."""
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Batches of the first examples, read whenever they are gone through."""
+
+    examples: Examples
+    count: int
+    batch_size: int
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.examples.batches(torch.arange(self.count).split(self.batch_size))
+
+    def __len__(self) -> int:
+        return math.ceil(self.count / self.batch_size)
 
 
 def first_batch(examples: Examples, count: int) -> tuple[Tensor, Tensor]:

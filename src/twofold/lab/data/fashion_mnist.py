@@ -76,7 +76,7 @@ def _content_digest(path: Path) -> str:
 
 
 def _find(name: str, data_dir: Path | None) -> Path:
-    looked_in = [*places("fashion-mnist", data_dir), DEBIAN]
+    looked_in = [*places(data_dir, "fashion-mnist", "FashionMNIST/raw"), DEBIAN]
     for place in looked_in:
         for path in (place / name, place / f"{name}.gz"):
             if path.is_file():

@@ -13,10 +13,10 @@ from twofold.errors import TwofoldError
 _TIMEOUT_SECONDS = 30
 
 
-def places(name: str, data_dir: Path | None) -> list[Path]:
-    """Directories that may hold a data set: `data_dir` and $TWOFOLD_DATA, and the folder NAME in each."""
+def places(data_dir: Path | None, *folders: str) -> list[Path]:
+    """Directories that may hold a data set: `data_dir` and $TWOFOLD_DATA, and these folders in each."""
     roots = [Path(root) for root in (data_dir, os.environ.get("TWOFOLD_DATA")) if root]
-    return [place for root in roots for place in (root, root / name)]
+    return [place for root in roots for place in (root, *(root / folder for folder in folders))]
 
 
 def file_digest(path: Path) -> str:

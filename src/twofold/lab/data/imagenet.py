@@ -27,7 +27,7 @@ def load_source(data_dir: Path | None = None) -> Source:
     """
     found = pictures.find("imagenet", data_dir)
     if found is None:
-        looked_in = [place for place in places("imagenet", data_dir) if place.name == "imagenet"]
+        looked_in = [place for place in places(data_dir, "imagenet") if place.name == "imagenet"]
         raise TwofoldError(_MISSING.format(places=", ".join(map(str, looked_in)) or "no directory"))
     train, test = (StoredImages.all_of(*found.splits[split], _SIZE, _MEAN, _STD) for split in ("train", "test"))
     return Source(train, test, num_classes=len(found.classes))

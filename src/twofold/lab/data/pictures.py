@@ -74,7 +74,7 @@ def find(name: str, data_dir: Path | None) -> PictureSet | None:
     Raises:
         TwofoldError: a split is missing or empty, or a package is needed that is not installed.
     """
-    for place in places(name, data_dir):
+    for place in places(data_dir, name):
         if place.name != name:
             continue
         if (place / _SAVED).is_file():  # first, since what was saved has a folder "train" too
