@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from lab.synthetic import noise, table_of
+from lab.test_report import HOSTILE, hostile_page, table_and_figure
 from twofold.lab.figures import find_figure, style
 from twofold.lab.figures.scales import find_scale
 from twofold.lab.report.page import FigureOnPage, render_page
@@ -127,6 +128,17 @@ def test_light_and_dark(page):
     light, dark = look(page)["page"], look(page, "", "--blink-settings=preferredColorScheme=0")["page"]
     assert light == "rgb(255, 255, 255)"
     assert dark == "rgb(20, 23, 27)"
+
+
+@pytest.mark.parametrize("kind", ["tags", "quotes", "ends", "long"])
+def test_hostile_text_does_nothing(tmp_path, kind):
+    page = tmp_path / "report.html"
+    html = hostile_page(table_and_figure(), tmp_path, HOSTILE[kind])
+    page.write_text(html.replace("</body>", LOOK + "</body>"))
+    found = look(page, "", "--window-size=1280,900")  # says nothing on the console
+    assert [name for name, _, _ in found["figures"]] == ["figure-1"]
+    assert found["overflow"] <= 0
+    assert "HIT" not in run("--dump-dom", f"file://{page}").stdout
 
 
 def test_a_screenshot_is_kept(page):

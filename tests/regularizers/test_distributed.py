@@ -9,7 +9,7 @@ from ranks import on_ranks
 from references import relative
 from regularizers.rows import ROWS, Problem, flat
 from regularizers.two_ranks import (
-    RESUMED,
+    STEPS,
     Branched,
     batches,
     by_closure,
@@ -49,7 +49,7 @@ def test_the_ascents_differ():
 
 @pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.closure])
 def test_closures_average_too(ranks, name):
-    expected = by_closure(name)
+    expected = by_closure(name)[0]
     for found in ranks:
         assert relative(found["closures"][name], expected) < tolerance(name)
 
@@ -64,12 +64,50 @@ def test_the_loop_is_that_of_ddp_with_buffers_and_accumulation(ranks):
         assert max(found["as_ddp_trains"]) < 1e-12
 
 
-@pytest.mark.parametrize("name", RESUMED)
-def test_a_state_of_two_ranks_goes_on_in_one_process(ranks, name):
-    expected = ranks[0][name, "local"]
+@pytest.mark.parametrize("ascent", ["global", "local"])
+@pytest.mark.parametrize("name", ROWS)
+def test_a_state_of_two_ranks_goes_on_in_one_process(ranks, name, ascent):
+    """Either way the weights are those of a run that never stopped, on two ranks or in one process."""
+    expected = ranks[0][name, ascent]
+    start = trained(name, ascent, steps=0)[0]
     for found in ranks:
-        weights = trained(name, "local", start=found["states"][name])[0]
-        assert relative(weights, expected) < tolerance(name)
+        weights = trained(name, ascent, start=found["states"][name, ascent])[0]
+        assert relative(weights - start, expected - start) < tolerance(name)
+
+
+@pytest.mark.parametrize("ascent", ["global", "local"])
+@pytest.mark.parametrize("name", ROWS)
+def test_a_state_of_one_process_goes_on_in_two(ranks, name, ascent):
+    expected = trained(name, ascent)[0]
+    start = trained(name, ascent, steps=0)[0]
+    for found in ranks:
+        assert relative(found["resumed"][name, ascent] - start, expected - start) < tolerance(name)
+
+
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.closure])
+def test_a_wrapped_optimiser_goes_on_with_another_number_of_ranks(ranks, name):
+    expected = by_closure(name)[0]
+    start = by_closure(name, steps=0)[0]
+    for found in ranks:
+        one = by_closure(name, start=found["states"][name])[0]
+        assert relative(one - start, expected - start) < tolerance(name)
+        assert relative(found["resumed"][name] - start, expected - start) < tolerance(name)
+
+
+@pytest.mark.parametrize("ascent", ["global", "local"])
+@pytest.mark.parametrize("name", ROWS)
+def test_random_methods_go_on_with_another_number_of_ranks(ranks, name, ascent):
+    """What is drawn is not what one process would have drawn; but all ranks hold the same, and go on."""
+    (first, state), (second, other) = (found["resumed_with_own_noise"][name, ascent] for found in ranks)
+    assert first.isfinite().all()
+    assert torch.equal(first, second)
+    assert state["steps"] == other["steps"] == STEPS
+    assert torch.equal(state["generator"], other["generator"])
+    torch.manual_seed(0)
+    problem, alone = Problem(), ROWS[name].make(0.03, generator=torch.Generator())
+    alone.load_state_dict(state)
+    alone.backward(problem.model, F.cross_entropy, problem.batch)
+    assert flat(problem.model).isfinite().all()
 
 
 def test_parameters_that_one_rank_reaches(ranks):

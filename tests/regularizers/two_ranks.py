@@ -87,13 +87,18 @@ def trained(name, ascent, rank=None, group=None, *, steps=STEPS, wrap=None, star
     return torch.cat([p.detach().reshape(-1) for p in problem.model.parameters()]), copy.deepcopy(state)
 
 
-def by_closure(name, rank=None, group=None):
+def by_closure(name, rank=None, group=None, *, steps=STEPS, start=None):
+    """Weights after a few steps of SharpnessAware, and the state to go on from."""
     torch.manual_seed(0)
-    problem = Problem()
+    problem, first = Problem(), 0
     regularizer = ROWS[name].make(STRENGTH, group=group)
-    optimizer = SharpnessAware(torch.optim.SGD(problem.model.named_parameters(), lr=0.1), regularizer)
+    optimizer = SharpnessAware(torch.optim.SGD(problem.model.named_parameters(), lr=0.1, momentum=0.9), regularizer)
+    if start is not None:
+        first = start["step"]
+        problem.model.load_state_dict(start["model"])
+        optimizer.load_state_dict(start["optimizer"])
     with same_noise("global"):
-        for batch in batches():
+        for batch in batches()[first:steps]:
             x, y = half(batch, rank)
 
             def closure(x=x, y=y):
@@ -103,7 +108,8 @@ def by_closure(name, rank=None, group=None):
                 return loss
 
             optimizer.step(closure)
-    return torch.cat([p.detach().reshape(-1) for p in problem.model.parameters()])
+    state = {"model": problem.model.state_dict(), "optimizer": optimizer.state_dict(), "step": steps}
+    return flat_weights(problem.model), copy.deepcopy(state)
 
 
 def everything(rank):
@@ -111,13 +117,48 @@ def everything(rank):
     found = {(name, ascent): trained(name, ascent, rank, world)[0] for name in ROWS for ascent in ("global", "local")}
     ddp = nn.parallel.DistributedDataParallel
     found["DDP"] = trained("SAM", "global", rank, wrap=ddp)[0]
-    found["closures"] = {name: by_closure(name, rank, world) for name, row in ROWS.items() if row.closure}
-    found["states"] = {name: trained(name, "local", rank, world, steps=1)[1] for name in RESUMED}
+    found["closures"] = {name: by_closure(name, rank, world)[0] for name, row in ROWS.items() if row.closure}
     found |= {f.__name__: f(rank, world) for f in CHECKS}
     return found
 
 
-RESUMED = ["FriendlySAM", "LookSAM", "WSAM decoupled", "EigenSAM"]
+def states(rank, world):
+    """What two ranks have after a step, by method and ascent, and behind SharpnessAware."""
+    found = {(name, a): trained(name, a, rank, world, steps=1)[1] for name in ROWS for a in ("global", "local")}
+    return found | {name: by_closure(name, rank, world, steps=1)[1] for name, row in ROWS.items() if row.closure}
+
+
+def resumed(rank, world):
+    """Weights of two ranks that go on from what one process had after a step."""
+    found = {}
+    for name, row in ROWS.items():
+        for ascent in ("global", "local"):
+            found[name, ascent] = trained(name, ascent, rank, world, start=trained(name, ascent, steps=1)[1])[0]
+        if row.closure:
+            found[name] = by_closure(name, rank, world, start=by_closure(name, steps=1)[1])[0]
+    return found
+
+
+def resumed_with_own_noise(rank, world):
+    """Weights of ranks that draw anew: after a step of one process, and (with its state) after two steps together."""
+    found = {}
+    for name, row in ROWS.items():
+        for ascent in ("global", "local"):
+            torch.manual_seed(0)
+            problem = Problem()
+            alone = row.make(STRENGTH, generator=torch.Generator().manual_seed(3))
+            several = row.make(STRENGTH, generator=torch.Generator().manual_seed(rank), ascent=ascent, group=world)
+            optimizer = torch.optim.SGD(problem.model.parameters(), lr=0.1)
+            alone.attach(optimizer).backward(problem.model, F.cross_entropy, batches()[0])
+            optimizer.step()
+            several.load_state_dict(alone.state_dict())
+            several.attach(optimizer)
+            for batch in batches()[1:]:
+                optimizer.zero_grad()
+                several.backward(problem.model, F.cross_entropy, half(batch, rank))
+                optimizer.step()
+            found[name, ascent] = flat_weights(problem.model), several.state_dict()
+    return found
 
 
 class Branched(nn.Module):
@@ -286,4 +327,5 @@ def own_noise(rank, world):
     return found
 
 
-CHECKS = [branch_of_one_rank, as_ddp_trains, mean_over_ranks, one_rank_is_not_finite, errors, own_noise]
+CHECKS = [states, resumed, resumed_with_own_noise]
+CHECKS += [branch_of_one_rank, as_ddp_trains, mean_over_ranks, one_rank_is_not_finite, errors, own_noise]

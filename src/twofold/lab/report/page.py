@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import jinja2
 import pandas as pd
@@ -81,6 +82,7 @@ def render_page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["urlencode"] = lambda text: quote(str(text), errors="replace")
     common, varied = _configurations(runs)
     of_id = {run.id: run.config for run in runs}
     methods = {
