@@ -10,7 +10,8 @@ import torch
 
 from lab.one_node_slurm import missing, one_node_slurm
 from lab.test_sweep import CONFIGS, IDS
-from twofold.errors import TwofoldError
+from twofold.errors import TwofoldError, TwofoldWarning
+from twofold.lab.files import UnwritableError
 from twofold.lab.places import WorkerDiedError, find_place
 from twofold.lab.runs import load_run
 from twofold.lab.sweep import compute, sweep
@@ -66,6 +67,49 @@ def test_a_worker_that_dies_on_a_cluster_costs_its_run_one_retry(cluster, tmp_pa
     assert list(result.failed) == [IDS[1]]
     assert "died twice" in load_run(tmp_path / "runs" / IDS[1]).error
     assert sorted(deaths.read_text()) == ["1", "1", "2"]
+
+
+@pytest.mark.xdist_group("clusters")
+@pytest.mark.parametrize("cluster", ["ray", "slurm"], indirect=True)
+def test_a_disk_that_is_full_on_a_cluster_ends_the_sweep_and_the_next_goes_on(cluster, tmp_path):
+    sign = tmp_path / "full"
+    sign.touch()
+
+    def fill(directory, data_dir):
+        if sign.exists() and directory.config.seed == 1:
+            raise UnwritableError("No space left on the device of a node.")
+        return compute(directory, data_dir)
+
+    with pytest.raises(UnwritableError, match=r"No space left on the device of a node\."):
+        sweep(CONFIGS[:2], tmp_path, place=cluster, workers=1, compute=fill)
+    sign.unlink()
+    result = sweep(CONFIGS[:2], tmp_path, place=cluster, workers=1, compute=fill)
+    assert (result.finished, result.reused) == (tuple(IDS[:2]), 1)
+
+
+@pytest.mark.xdist_group("clusters")
+@pytest.mark.parametrize("cluster", ["slurm"], indirect=True)
+def test_a_result_that_is_cut_off_on_slurm_is_a_death(cluster, tmp_path):
+    sign = tmp_path / "once"
+
+    def cut(directory, data_dir):
+        if not sign.exists():
+            sign.touch()
+            from submitit import JobEnvironment
+
+            JobEnvironment().paths.result_pickle.write_bytes(b"\x80\x05")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return compute(directory, data_dir)
+
+    with pytest.warns(TwofoldWarning, match="A worker died"):
+        assert sweep(CONFIGS[:1], tmp_path, place=cluster, workers=1, compute=cut).finished == (IDS[0],)
+
+
+@pytest.mark.xdist_group("clusters")
+@pytest.mark.parametrize("cluster", ["slurm"], indirect=True)
+def test_a_job_that_slurm_does_not_take_is_told(cluster, tmp_path):
+    with pytest.raises(TwofoldError, match="Slurm does not take the job"):
+        sweep(CONFIGS[:1], tmp_path, place=f"{cluster},slurm_partition=moon", workers=1)
 
 
 @pytest.mark.parametrize(

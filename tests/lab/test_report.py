@@ -1,4 +1,5 @@
 import json
+import os
 import re
 from collections import Counter
 from dataclasses import replace
@@ -255,6 +256,18 @@ def test_reproduction_from_end_to_end_twice(tiny, tmp_path):
     assert rebuilt.verdicts == report.verdicts
     assert rebuilt.page.read_text() == html
     assert files_of(tmp_path) == first
+
+
+def test_the_name_of_a_directory_is_no_code_and_need_be_no_text(tiny, tmp_path):
+    out = tmp_path / os.fsdecode(b"\xff<script>\"']]>&amp;")
+    asked = plan(("1",), "smoke", command=f"twofold reproduce --out {out}")
+    report, _ = reproduce(asked, out, workers=1)
+    for _ in range(2):
+        page = Page(report.page.read_text())
+        assert page.open == []
+        assert page.count["script"] == 1
+        assert page.text.count("<script>\"']]>&amp;") >= 1
+        report = write_report(out)
 
 
 def test_other_runs_in_the_directory_change_nothing(tiny, tmp_path, monkeypatch):
