@@ -32,6 +32,7 @@ FILES = ("config.json", "metrics.csv", "weights.safetensors", "status.json")
 CLI = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background would ignore it
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and one under nohup this
 from twofold import cli
 from twofold.lab import config
 recipe = config.RunConfig.from_dict({recipe!r})
