@@ -1,6 +1,7 @@
 """Several processes that train one run together, each on its part of every batch; torchrun starts them."""
 
 import atexit
+import gc
 import os
 from datetime import timedelta
 from typing import TypeVar
@@ -42,7 +43,7 @@ def join(ranks: int, device: str) -> ProcessGroup:
         if cuda and torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if cuda else "gloo", timeout=_PATIENCE)
-        atexit.register(dist.destroy_process_group)
+        atexit.register(_leave)
     if not dist.is_initialized() or dist.get_world_size() != ranks:
         there = dist.get_world_size() if dist.is_initialized() else launched()
         raise TwofoldError(
@@ -50,6 +51,12 @@ def join(ranks: int, device: str) -> ProcessGroup:
             f"`torchrun --nproc-per-node {ranks} -m twofold ...`, or set ranks to {there}."
         )
     return dist.group.WORLD
+
+
+def _leave() -> None:
+    """Leave the group, and let go of what still holds it: its threads must have ended before the process does."""
+    dist.destroy_process_group()
+    gc.collect()
 
 
 def num_batches(count: int, batch_size: int, ranks: int = 1) -> int:
