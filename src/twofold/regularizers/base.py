@@ -23,9 +23,10 @@ from twofold.parameters import norm, select_parameters
 from twofold.regularizers.gradients import Gradients, accumulate, add_scaled, refuse_sparse
 from twofold.regularizers.memory import Memory
 from twofold.regularizers.microbatches import joined
-from twofold.regularizers.passes import ModelPasses, ModelState, Passes, RandomSources
+from twofold.regularizers.passes import ModelPasses, Passes
 from twofold.regularizers.ranks import Ascent, Ranks, group_of, same_buffers
 from twofold.regularizers.saved_weights import SavedWeights
+from twofold.regularizers.snapshot import Snapshot
 from twofold.regularizers.surrogate import loss_that_hands_on
 from twofold.types import Forward, LossFn, Params, ProcessGroup
 
@@ -289,7 +290,7 @@ class Regularizer(ABC):
             chosen = self._chosen_among(model, parameters)
             scale = 1.0 if scaler is None else _scale_of(scaler, next(iter(parameters.values())))
             pieces = [batch] if self.microbatches == 1 else split(batch, self.microbatches)
-            before = _Snapshot(model, self.generator)
+            before = Snapshot(model, self.generator)
             remembered = copy.copy(self.memory)
             self._forget_what_was_dropped(parameters.values())
             try:
@@ -444,18 +445,6 @@ class _Found:
 
     def outputs(self) -> Any:
         return joined([one.outputs for one in self.passes])
-
-
-class _Snapshot:
-    """What a failed backward puts back: modules, buffers, random states. Weights and .grad need none of it."""
-
-    def __init__(self, model: nn.Module, generator: torch.Generator | None) -> None:
-        self.random = RandomSources(generator)
-        self._model = ModelState(model)
-
-    def restore(self) -> None:
-        self.random.restore()
-        self._model.restore()
 
 
 def _is_fresh(parameters: Iterable[nn.Parameter]) -> bool:

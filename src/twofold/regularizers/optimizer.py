@@ -18,9 +18,10 @@ from twofold.errors import TwofoldError
 from twofold.parameters import matching
 from twofold.regularizers.base import Regularizer
 from twofold.regularizers.gradients import Gradients
-from twofold.regularizers.passes import Passes, RandomSources
+from twofold.regularizers.passes import Passes
 from twofold.regularizers.ranks import Ranks
 from twofold.regularizers.recorded import JetGraph, LossGraph, Recorded
+from twofold.regularizers.snapshot import RandomSources
 
 Closure = Callable[[], Any]
 

@@ -16,7 +16,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from twofold.batches import run_forward
 from twofold.curvature.differentiable import (
-    ModuleState,
     RandomState,
     buffers_replaced,
     composed_kernels,
@@ -26,7 +25,7 @@ from twofold.curvature.differentiable import (
 )
 from twofold.curvature.jet_rules import NotCarriedError
 from twofold.curvature.jets import Jets, carried, output_jets
-from twofold.curvature.losses import Loss, OutputProduct, Residual
+from twofold.curvature.losses import Loss
 from twofold.curvature.operators import Hessian
 from twofold.curvature.primitives import check_differentiable_thrice, differentiable_thrice
 from twofold.curvature.recording import OutputLoss, Recording, refuse_reentrant
@@ -37,22 +36,9 @@ from twofold.regularizers.gradients import Gradients, unscaled
 from twofold.regularizers.ranks import Ranks
 from twofold.regularizers.recorded import JetGraph, LossGraph, Recorded
 from twofold.regularizers.saved_weights import SavedWeights
+from twofold.regularizers.scaled_loss import ScaledLoss
+from twofold.regularizers.snapshot import ModelState
 from twofold.types import Forward, LossFn
-
-
-class RandomSources:
-    """The state of every generator that a backward may draw from: the global ones and the regularizer's own."""
-
-    def __init__(self, generator: torch.Generator | None) -> None:
-        self.shared = RandomState()
-        self._own = None if generator is None else (generator, generator.get_state())
-
-    def restore(self) -> None:
-        """Put every generator back to this state."""
-        self.shared.restore()
-        if self._own is not None:
-            generator, state = self._own
-            generator.set_state(state)
 
 
 class Passes(ABC):
@@ -436,61 +422,4 @@ class ModelPasses(Passes):
         """The loss under the caller's autocast, times the scaler's factor."""
         loss = as_loss(self._loss_fn)
         loss.loss_fn = self._autocast.inside(loss.loss_fn)
-        return loss if self._scale == 1 else _Scaled(loss, self._scale)
-
-
-class ModelState:
-    """What a pass moves in a model: all that hangs on its modules, and the tensors that it writes into."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._modules = ModuleState(model)
-        self._tensors = [(tensor, tensor.clone()) for module in model.modules() for tensor in _held(module)]
-
-    def restore(self) -> None:
-        """Put everything back as it was."""
-        self._modules.restore()
-        with torch.no_grad():
-            for tensor, value in self._tensors:
-                tensor.copy_(value)
-
-
-def _held(module: nn.Module) -> list[Tensor]:
-    """Buffers, and tensors kept as plain attributes, off the graph."""
-    held = [*module._buffers.values(), *(value for value in module.__dict__.values() if type(value) is Tensor)]
-    return [tensor for tensor in held if tensor is not None and not tensor.requires_grad]
-
-
-class _Scaled(Loss):
-    """A loss times a constant, against underflow in half precision."""
-
-    def __init__(self, loss: Loss, scale: float) -> None:
-        super().__init__(loss.loss_fn, averages=loss.averages)
-        self._loss = loss
-        self._factor = scale
-
-    def __call__(self, outputs: Any, targets: Any) -> Tensor:
-        return self._loss(outputs, targets) * self._factor
-
-    def count(self, outputs: Any, targets: Any) -> float:
-        return self._loss.count(outputs, targets)
-
-    def output_hessian(self, outputs: Any, targets: Any) -> OutputProduct:
-        product = self._loss.output_hessian(outputs, targets)
-
-        def scaled(tangents: Sequence[Tensor]) -> list[Tensor]:
-            wide = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in tangents]
-            return [(self._factor * h).to(t.dtype) for h, t in zip(product(wide), tangents, strict=True)]
-
-        return scaled
-
-    def output_third(self, outputs: Any, targets: Any) -> OutputProduct:
-        third = self._loss.output_third(outputs, targets)
-
-        def scaled(tangents: Sequence[Tensor]) -> list[Tensor]:
-            wide = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in tangents]
-            return [(self._factor * h).to(t.dtype) for h, t in zip(third(wide), tangents, strict=True)]
-
-        return scaled
-
-    def residual(self, outputs: Tensor, targets: Any, kind: Residual, generator: torch.Generator | None) -> Tensor:
-        return self._loss.residual(outputs, targets, kind, generator)
+        return loss if self._scale == 1 else ScaledLoss(loss, self._scale)
