@@ -438,7 +438,7 @@ def test_autocast_at_strength_zero_is_the_plain_gradient_bit_for_bit(row):
 
 
 @every
-def test_compiled_wrappers_are_looked_through(row):
+def test_compiled_wrappers_make_no_difference(row):
     problem = Problem()
     expected = seeded(lambda: backward(problem, row.make(STRENGTH))[1])
     wrapped = torch.compile(problem.model, backend="eager")

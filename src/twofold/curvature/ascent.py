@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from twofold.curvature.lanczos import norm_of
 from twofold.curvature.probes import private_generator
 from twofold.curvature.products import Products
+from twofold.parameters import norm
 
 
 @dataclass(frozen=True)
@@ -87,12 +87,12 @@ def ascend(
 
 
 def _unit(vector: Float[Tensor, "P"]) -> Float[Tensor, "P"]:
-    size = norm_of(vector)
+    size = norm([vector]).item()
     return vector / size if size > 0 else vector
 
 
 def _into_ball(u: Float[Tensor, "P"], rho: float) -> Float[Tensor, "P"]:
-    size = norm_of(u)
+    size = norm([u]).item()
     return u * (rho / size) if size > rho else u
 
 

@@ -13,9 +13,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from twofold.activations import second_derivative
-from twofold.curvature.lanczos import norm_of
 from twofold.curvature.products import Products
 from twofold.errors import TwofoldError
+from twofold.parameters import norm
 from twofold.types import Forward, LossFn, Matrix, Mode, Params, ProcessGroup, Weight
 
 CurvatureOf: TypeAlias = Matrix | second_derivative
@@ -142,7 +142,7 @@ def fidelity(
     products = Products(model, loss_fn, data, microbatches=microbatches, group=group, **options)
     products.check_resolved("fidelity cannot be measured")
     _, gradient = products.loss_and_gradient()
-    size = norm_of(gradient)
+    size = norm([gradient]).item()
     unit = gradient / size if size > 0 else gradient
     along = _along(products, unit, chosen)
     corrections = [products.loss_and_gradient(step=each * unit)[1] - gradient for each in rhos]
@@ -153,7 +153,7 @@ def fidelity(
     return Fidelity(
         rhos,
         size,
-        tuple(norm_of(correction) for correction in corrections),
+        tuple(norm([correction]).item() for correction in corrections),
         {name: tuple(cosine for cosine, _ in pairs) for name, pairs in compared.items()},
         {name: tuple(error for _, error in pairs) for name, pairs in compared.items()},
     )

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from twofold.curvature.ascent import Ascent, ascend
 from twofold.curvature.eigen import eigsh
-from twofold.curvature.lanczos import norm_of
 from twofold.curvature.operators import GaussNewton, Hessian
 from twofold.curvature.probes import check_count, generator_for, rademacher, summarise
 from twofold.curvature.products import Products
 from twofold.errors import TwofoldError
+from twofold.parameters import norm
 from twofold.types import Eigenpairs, Estimate, Forward, LossFn, Matrix, Mode, Params, ProcessGroup, Weight
 
 Measure: TypeAlias = Literal[
@@ -79,7 +79,7 @@ class Sharpness:
 
     def __str__(self) -> str:
         s = self.settings
-        norm = "2" if s["p"] == 2 else "inf"
+        ball = "2" if s["p"] == 2 else "inf"
         rows: list[tuple[str, str]] = []
         for part, pairs in (self.lambda_max or {}).items():
             text = f"{pairs.values[-1]:.4g} ± {pairs.residuals[-1]:.1g}" + (
@@ -91,8 +91,8 @@ class Sharpness:
         for part, estimate in (self.adaptive_traces or {}).items():
             rows.append((f"tr |theta| {_SYMBOLS[part]} |theta|", _with_error(estimate)))
         for name, found, condition in (
-            ("worst case", self.worst_case, f"||e||_{norm} <= {s['rho']:g}"),
-            ("adaptive worst case", self.adaptive_worst_case, f"||e/|theta| ||_{norm} <= {s['adaptive_rho']:g}"),
+            ("worst case", self.worst_case, f"||e||_{ball} <= {s['rho']:g}"),
+            ("adaptive worst case", self.adaptive_worst_case, f"||e/|theta| ||_{ball} <= {s['adaptive_rho']:g}"),
         ):
             if found is not None:
                 rows.append((f"{name}, {condition}", f"{found.rise:.4g} (one step {found.one_step:.4g})"))
@@ -224,7 +224,7 @@ def sharpness(
         rise = ascend(products, epsilon, scale=size + 1, p=math.inf, **options).rise
         found["keskar"] = 100 * rise / (1 + loss)
     numbers = {name: float(value) for name, value in settings.items()} | {"p": float(p)}
-    return Sharpness(loss, norm_of(gradient), numbers, **found)
+    return Sharpness(loss, norm([gradient]).item(), numbers, **found)
 
 
 def _traces(

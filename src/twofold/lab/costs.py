@@ -17,6 +17,7 @@ from twofold.lab.models import MODELS
 from twofold.lab.ranks import num_batches
 from twofold.lab.report import Reproduction
 from twofold.lab.runs import RunDirectory
+from twofold.regularizers import LookSAM
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,6 @@ STEPS: Mapping[str, Mapping[str, float]] = {
 }
 """A step of each regularizer in plain steps, as benchmarks/results/steps.csv has it ("conv" is its WideResNet)."""
 
-_LOOK_SAM_EVERY = 5
 _SWITCHED = 1.25  # a step with another phi'' in one with the activation's own
 _GRADIENT, _PRODUCTS = 3, 9  # in forward passes: a gradient; H v, GN v and NME v together
 
@@ -67,7 +67,7 @@ def step_cost(config: RunConfig) -> float:
     if regularizer.name == "none":
         return 1.0
     if regularizer.name == "look_sam":
-        return 1 + (known["sam"] - 1) / int(options.get("interval") or _LOOK_SAM_EVERY)
+        return 1 + (known["sam"] - 1) / int(options.get("interval") or LookSAM.interval)
     cost = known.get(regularizer.name, known["sam"] if regularizer.name.endswith("sam") else max(known.values()))
     samples = int(options.get("num_probes") or options.get("num_samples") or 1)
     cost = samples * cost if regularizer.name == "weight_noise" else 1 + samples * (cost - 1)

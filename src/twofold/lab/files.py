@@ -8,7 +8,6 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import safetensors
 from torch import Tensor
 
 from twofold.errors import TwofoldError, TwofoldWarning
+from twofold.lab.data.files import file_digest
 
 
 class UnwritableError(TwofoldError):
@@ -80,7 +80,7 @@ def checksum(path: Path) -> str:
         TwofoldError: it is missing, or cannot be read.
     """
     try:
-        return sha256(path.read_bytes()).hexdigest()
+        return file_digest(path)
     except FileNotFoundError as error:
         raise TwofoldError(f"{path} is missing.") from error
     except OSError as error:

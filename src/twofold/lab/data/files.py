@@ -1,10 +1,10 @@
 """Where data files are looked for, and how they are downloaded."""
 
+import hashlib
 import os
 import tempfile
 import urllib.request
 from collections.abc import Callable
-from hashlib import sha256
 from http.client import HTTPException
 from pathlib import Path
 
@@ -21,11 +21,8 @@ def places(data_dir: Path | None, *folders: str) -> list[Path]:
 
 def file_digest(path: Path) -> str:
     """SHA-256 of a file."""
-    digest = sha256()
     with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def download(

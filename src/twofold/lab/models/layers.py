@@ -1,12 +1,13 @@
 """Activations and normalisations by name."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from twofold.activations import BetaGELU
+from twofold.errors import TwofoldError
 
 if TYPE_CHECKING:
     from twofold.lab.config import ModelConfig
@@ -37,6 +38,21 @@ _BATCH_NORMS = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d}
 def activation(config: "ModelConfig") -> nn.Module:
     """The activation that `config` names."""
     return BetaGELU(beta=config.beta) if config.activation == "beta_gelu" else _PLAIN[config.activation]()
+
+
+def channels_of_images(input_shape: Sequence[int], net: str) -> int:
+    """The channels of images [channels, height, width].
+
+    Args:
+        input_shape: of one input.
+        net: what takes them, for the error.
+
+    Raises:
+        TwofoldError: the inputs are no images.
+    """
+    if len(input_shape) != 3:
+        raise TwofoldError(f"A {net} takes images [channels, height, width], not inputs of {list(input_shape)}.")
+    return input_shape[0]
 
 
 def initialise(model: nn.Module) -> nn.Module:

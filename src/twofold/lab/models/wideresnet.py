@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from twofold.errors import TwofoldError
-from twofold.lab.models.layers import activation, norm
+from twofold.lab.models.layers import activation, channels_of_images, norm
 
 if TYPE_CHECKING:
     from twofold.lab.config import ModelConfig
@@ -18,9 +17,7 @@ def build(config: "ModelConfig", input_shape: Sequence[int], num_classes: int) -
     Raises:
         TwofoldError: the inputs are no images.
     """
-    if len(input_shape) != 3:
-        raise TwofoldError(f"A WideResNet takes images [channels, height, width], not inputs of {list(input_shape)}.")
-    return WideResNet(config, input_shape[0], num_classes)
+    return WideResNet(config, channels_of_images(input_shape, "WideResNet"), num_classes)
 
 
 class WideResNet(nn.Module):
