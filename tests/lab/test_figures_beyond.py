@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from lab.synthetic import noise, table_of
-from twofold.lab.figures import find_figure
+from twofold.lab.figures import find_figure, style
 from twofold.lab.figures.along_training import at_end, at_start, measurements, over_time
 from twofold.lab.figures.scales import find_scale
 
@@ -131,3 +131,24 @@ def test_a_net_with_batch_norm_is_taken_as_the_scale_has_it():
     paper = find_scale("paper")
     for data in paper.recipes:
         assert {c.model.name for c in find_figure("conv").runs(paper, data)} == {paper.recipe(data).model.name}
+
+
+CURVES = ("conv", "leaky", "samples", "siblings", "slow", "transformer")
+
+
+@pytest.mark.parametrize("name", CURVES)
+@pytest.mark.parametrize("columns", [1, 3])
+def test_legends_fit_and_points_stand_at_their_strength(name, columns):
+    figure = find_figure(name)
+    table = table_of(figure, QUICK, lambda config, split: 50 + noise(config))
+    with style.applied():
+        drawing = figure.draw(table, columns)
+        drawing.draw_without_rendering()
+        (legend,) = drawing.legends
+        box = legend.get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= drawing.bbox.x1
+    for axes in drawing.axes:
+        places = [x for line in axes.lines for x in line.get_xdata()]
+        assert max(abs(x - round(x)) for x in places) < 0.4
+        assert {round(x) for x in places} == set(axes.get_xticks())

@@ -24,7 +24,6 @@ _TIP = "tip:"
 """Begins the id of a point with a text, until the SVG is finished."""
 
 _PANEL_INCHES = (3.5, 2.75)
-_LINE_INCHES, _LETTER_INCHES = 0.75, 0.07  # room in a legend for a line's sample and for a letter of its label
 _SETTINGS = {
     "svg.hashsalt": "twofold",
     "svg.fonttype": "path",
@@ -76,16 +75,11 @@ def panels(count: int, columns: int) -> tuple[Figure, list[Axes]]:
 def legend_above(figure: Figure, axes: Axes) -> None:
     """One legend for all panels, above them, from the labelled lines of one; as many columns as fit."""
     handles, labels = axes.get_legend_handles_labels()
-    room = figure.get_figwidth()
-    columns = next((n for n in range(len(labels), 1, -1) if _legend_inches(labels, n) <= room), 1)
-    figure.legend(handles, labels, loc="outside upper center", ncols=columns, handlelength=3.2)
-
-
-def _legend_inches(labels: Sequence[str], columns: int) -> float:
-    """About how wide a legend is; each of its columns is as wide as the longest label in it."""
-    rows = math.ceil(len(labels) / columns)
-    longest = [max(map(len, labels[i : i + rows])) for i in range(0, len(labels), rows)]
-    return sum(_LINE_INCHES + _LETTER_INCHES * letters for letters in longest)
+    for columns in range(len(labels), 0, -1):
+        legend = figure.legend(handles, labels, loc="outside upper center", ncols=columns, handlelength=3.2)
+        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            return
+        legend.remove()
 
 
 @dataclass(frozen=True)
@@ -116,7 +110,7 @@ def strength_curves(
     strengths = sorted({strength for line in lines for strength in line.rows[axis]})
     place = {strength: i for i, strength in enumerate(strengths)}
     for i, line in enumerate(lines):
-        shift = 0.09 * (i - (len(lines) - 1) / 2)
+        shift = min(0.09, 0.6 / len(lines)) * (i - (len(lines) - 1) / 2)
         x = line.rows[axis].map(place) + shift
         y, low, high = (line.rows[column + end] for end in ("", "_low", "_high"))
         axes.vlines(x, low, high, color=line.colour, linewidth=1.3, alpha=0.55)
