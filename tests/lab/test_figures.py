@@ -9,10 +9,11 @@ import pytest
 from lab.synthetic import noise, table_of
 from twofold.errors import TwofoldError
 from twofold.lab.figures import curves, figure_names, find_figure, select_figures, style
-from twofold.lab.figures.figure_1 import BELOW_SGD, EQUAL_RHO, OWN_BEST, RHO, TRACKING
+from twofold.lab.figures.figure_1 import FINDINGS, RHO
 from twofold.lab.figures.scales import SCALES, find_scale
 from twofold.lab.runs import run_id
 
+TRACKING, EQUAL_RHO, OWN_BEST, BELOW_SGD = (finding.text for finding in FINDINGS)
 FIGURE = find_figure(1)
 QUICK = find_scale("quick")
 GAP = {"none": 0.0, "sam": 0.0, "gradient_penalty": 1.0}

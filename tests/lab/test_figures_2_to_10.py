@@ -177,6 +177,36 @@ def test_both_conventions_of_equal_strength():
     assert paper.effect == pytest.approx(-sum(map(cost, (1e-3, 2e-3, 4e-3, 8e-3))) / 4, abs=0.3)
 
 
+@pytest.mark.parametrize(("gain", "expected"), [(5.0, "opposite"), (-5.0, "shows"), (0.0, "does not show")])
+@pytest.mark.parametrize(("name", "text"), [("weight_noise", "weight noise does not"), ("hessian_trace", "tr H does")])
+def test_whether_noise_and_the_hessian_penalty_help_at_their_best(name, text, gain, expected):
+    accuracy = by_name(**{name: lambda strength: -gain})
+    assert one(verdicts_of(4, accuracy), text).verdict == expected
+
+
+@pytest.mark.parametrize("beta", [2, 100])
+def test_each_synthetic_bell_is_judged_where_it_runs(beta):
+    def accuracy(config, split):
+        helped = config.regularizer.second_derivative == f"gaussian:{beta}"
+        return 60.0 + noise(config) + (5.0 if helped and split != "train" else 0.0)
+
+    found = verdicts_of(3, accuracy, scale=find_scale("cpu"))
+    helped = {finding for finding, verdict in found.items() if verdict.verdict == "shows"}
+    assert helped == {finding for finding in found if f"beta {beta} (test" in finding}
+    assert len(helped) == 3
+    assert not any("beta 100" in finding for finding in verdicts_of(3, accuracy))
+
+
+def test_a_diverged_run_is_told_where_the_effect_rests_on_it():
+    figure = find_figure(6)
+    table = table_with(6, epochs=traces(lambda config: (200.0, -50.0)))
+    hit = table["regularizer.name"].eq("hessian_trace") & table["model.activation"].eq("gelu") & table["seed"].eq(101)
+    table.loc[hit, "status"] = "diverged"
+    told = {v.finding: v.diverged for v in figure.verdicts(table, QUICK)}
+    assert one(told, "runs to negative") == one(told, "tr GN lower") == 1
+    assert one(told, "control") == one(told, "keeps tr H positive") == 0
+
+
 @pytest.mark.parametrize("scale", ["smoke", "quick", "cpu", "paper"])
 def test_every_scale_has_strengths_for_both_conventions(scale):
     values = traces_file.SIGMA_SQUARED[scale]
@@ -207,7 +237,8 @@ def traces(of_config):
         scale = 1 + 0.01 * (config.seed % 3)
         columns = {"gauss_newton": gauss_newton, "nme": nme, "hessian": gauss_newton + nme}
         measured = {f"curvature/{m}/trace": [10.0, scale * value, math.nan] for m, value in columns.items()}
-        return pd.DataFrame({"epoch": [0, 12, 13], "step": [0, 384, 400], **measured})
+        accuracies = {"train/accuracy": [0.1, 0.5, 0.5], "test/accuracy": [0.1, 0.4, 0.4]}
+        return pd.DataFrame({"epoch": [0, 12, 13], "step": [0, 384, 400], **accuracies, **measured})
 
     return epochs
 
@@ -224,6 +255,12 @@ def test_penalised_trace_runs_negative(nme, expected):
     assert one(found, "keeps tr H positive").effect == pytest.approx(100)
     assert one(found, "control").verdict == "shows"
     assert one(found, "tr GN lower").verdict == "does not show"
+
+
+def test_the_table_of_traces_has_the_accuracies():
+    table = find_figure(6).numbers(table_with(6, epochs=traces(lambda config: (200.0, -50.0))))
+    assert table["train"].unique().tolist() == [10.0, 50.0]
+    assert table["test"].unique().tolist() == [10.0, 40.0]
 
 
 def test_a_trace_that_was_never_measured_is_undecided_and_drawn():
@@ -268,6 +305,17 @@ def test_live_second_derivatives(before, after, expected):
     assert one(found, "before training").effect == pytest.approx(100 * (1 - before), abs=0.2)
     assert one(found, "after PSAM").effect == pytest.approx(100 * (1 - after), abs=0.2)
     assert {v.verdict for v in found.values()} == {expected}
+
+
+def test_a_diverged_run_has_no_live_share_after_training():
+    def epochs(config):
+        live = [0.9, math.nan] if config.seed == 101 else [0.9, 0.4]
+        return pd.DataFrame({"epoch": [0, 1], "step": [0, 3], "activation/live_fraction": live})
+
+    table = find_figure(9).numbers(table_with(9, epochs=epochs))
+    before = table["curve"].eq("before training")
+    assert table.loc[before, ["seeds", "live"]].drop_duplicates().values.tolist() == [[3, 90.0]]
+    assert table.loc[~before, ["seeds", "live"]].drop_duplicates().values.tolist() == [[2, 40.0]]
 
 
 def test_live_second_derivatives_that_were_not_measured():

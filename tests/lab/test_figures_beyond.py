@@ -24,22 +24,64 @@ def with_metrics(name, metrics_of):
 
 
 def norms(config):
-    """A share that falls from 1 to 0.25 with GELU and stays with ReLU."""
+    """A share that falls from 1 to 0.25 with GELU and stays with ReLU; 10 % along the gradient; two layers."""
     falls = config.model.activation == "gelu"
     nme = [1.0 + 0.01 * noise(config), 0.5, 0.25 if falls else 1.0]
-    return {"curvature/nme/frobenius_norm": nme, "curvature/gauss_newton/frobenius_norm": [1.0, 1.0, 1.0]}
+    measured = {
+        "nme/frobenius_norm": nme,
+        "nme/frobenius_norm_stderr": [0.1] * 3,
+        "gauss_newton/frobenius_norm": [1.0] * 3,
+    }
+    for part, share in (("activation_nme", 0.8), ("rest", 0.2)):
+        measured[f"{part}/frobenius_norm"] = [share * value for value in nme]
+    for layer, size in (("linear0", 2.0), ("head", 4.0)):
+        measured |= {f"nme/frobenius_norm/{layer}": nme, f"nme/frobenius_norm/{layer}_stderr": [0.1] * 3}
+        measured[f"gauss_newton/frobenius_norm/{layer}"] = [size] * 3
+    measured |= {"nme/along_gradient": [-0.1 * value for value in nme], "gauss_newton/along_gradient": [1.0] * 3}
+    return {f"curvature/{name}": values for name, values in measured.items()}
 
 
 def test_the_share_is_judged_by_its_fall():
     figure, table = with_metrics("share", norms)
     verdicts = {verdict.finding: verdict for verdict in figure.verdicts(table, QUICK)}
-    assert len(verdicts) == 4
-    for finding, verdict in verdicts.items():
+    falls = {finding: verdict for finding, verdict in verdicts.items() if "falls" in finding}
+    assert len(falls) == 4
+    for finding, verdict in falls.items():
         assert verdict.verdict == ("shows" if "GELU" in finding else "does not show")
         assert verdict.effect == pytest.approx(75 if "GELU" in finding else 0, abs=1)
     numbers = figure.numbers(table)
-    assert len(numbers) == 4 * len(STEPS)
-    assert numbers.query("activation == 'gelu' and step == 128")["share"].tolist() == [25.0, 25.0]
+    assert len(numbers) == 6 * 4 * len(STEPS)
+    last = numbers.query("activation == 'gelu' and step == 128 and labels == 'clean labels'").set_index("part")["share"]
+    assert last.to_dict() == pytest.approx(
+        {
+            "NME": 25.0,
+            "NME of phi''": 20.0,
+            "NME without phi''": 5.0,
+            "NME along the gradient": -2.5,
+            "layer linear0": 12.5,
+            "layer head": 6.25,
+        }
+    )
+
+
+def test_the_parts_of_the_nme_are_judged():
+    figure, table = with_metrics("share", norms)
+    found = figure.verdicts(table, QUICK)
+    mostly = [v for v in found if "most of the NME is that of phi''" in v.finding]
+    assert [v.effect for v in mostly] == pytest.approx([60, 60])
+    along = [v for v in found if "Along the gradient" in v.finding]
+    means = {"GELU": 175 / 3, "ReLU": 250 / 3}
+    for verdict in along:
+        expected = next(mean for name, mean in means.items() if name in verdict.finding)
+        assert verdict.effect == pytest.approx(0.9 * expected, abs=1)
+    assert len(mostly) + len(along) == 6
+
+
+def test_the_published_recipes_have_clean_labels_only():
+    table = with_metrics("share", norms)[1]
+    clean = table[table["data.label_noise"] == 0]
+    assert all("noisy" not in v.finding for v in find_figure("share").verdicts(clean, find_scale("paper")))
+    assert {config.data.label_noise for config in find_figure("share").runs(find_scale("paper"), "cifar10")} == {0}
 
 
 def errors(config):
@@ -47,22 +89,29 @@ def errors(config):
     relu = config.model.activation == "relu"
     own = 0.01 * noise(config)
     found = {"hessian": 0.6 if relu else 0.1, "hessian_without_activation_nme": 0.6 if relu else 0.3}
-    found["gauss_newton"] = 0.7 if relu else 0.4
-    return {f"fidelity/{name}/relative_error": [error + own] * len(STEPS) for name, error in found.items()}
+    found |= {"gauss_newton": 0.7 if relu else 0.4, "hessian_gaussian_2": 0.5, "hessian_gaussian_100": 0.9}
+    return {
+        f"fidelity/{name}/{quantity}": [value + own] * len(STEPS)
+        for name, error in found.items()
+        for quantity, value in (("relative_error", error), ("cosine", 1 - error))
+    }
 
 
 def test_the_mechanism_is_judged_by_errors_of_prediction():
     figure, table = with_metrics("mechanism", errors)
     verdicts = figure.verdicts(table, QUICK)
-    assert [verdict.verdict for verdict in verdicts] == ["shows"] * 3
-    assert [verdict.effect for verdict in verdicts] == pytest.approx([20, 30, 50], abs=1)
-    assert len(figure.numbers(table)) == 2 * len(STEPS)
+    assert [verdict.verdict for verdict in verdicts] == ["shows"] * 4
+    assert [verdict.effect for verdict in verdicts] == pytest.approx([20, 30, 50, 10], abs=1)
+    numbers = figure.numbers(table)
+    assert len(numbers) == 2 * len(STEPS)
+    assert numbers.query("activation == 'gelu'")["GN, error"].tolist() == pytest.approx([40] * 3, abs=1)
+    assert numbers.query("activation == 'gelu'")["GN, cosine"].tolist() == pytest.approx([60] * 3, abs=1)
 
 
 @pytest.mark.parametrize("name", ["share", "mechanism"])
 def test_both_draw_and_survive_runs_that_never_measured(name):
     figure, table = with_metrics(name, norms if name == "share" else errors)
-    assert len(figure.draw(table).axes) == (1 if name == "share" else 2)
+    assert len(figure.draw(table).axes) == (6 if name == "share" else 4)
     bare = table.assign(metrics=[pd.DataFrame({"step": [0]}) for _ in range(len(table))])
     assert figure.numbers(bare).empty
     assert {verdict.verdict for verdict in figure.verdicts(bare, QUICK)} == {"undecided"}

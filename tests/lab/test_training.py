@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import twofold
-from twofold.errors import TwofoldError
+from twofold.errors import NotFiniteError, TwofoldError
 from twofold.lab import training
 from twofold.lab.building import build_backward, build_regularizer
 from twofold.lab.config import (
@@ -26,7 +26,7 @@ from twofold.lab.config import (
     mnist1d,
 )
 from twofold.lab.data import load
-from twofold.lab.evaluation import evaluate
+from twofold.lab.evaluation import PARTS, evaluate
 from twofold.lab.models import build
 from twofold.lab.runs import RunDirectory, load_model, load_run
 from twofold.lab.seeding import derive_generator, derive_seed
@@ -363,8 +363,35 @@ def test_curvature_is_measured_on_the_probe_every_so_many_epochs():
         value, stderr = first[f"curvature/hessian/{quantity}"], first[f"curvature/hessian/{quantity}_stderr"]
         assert abs(value - exact) <= 5 * stderr
         assert stderr < 0.2 * abs(value)
-    total = first["curvature/gauss_newton/trace"] + first["curvature/nme/trace"]
-    assert total == pytest.approx(first["curvature/hessian/trace"], rel=1e-4)
+    for quantity in ("trace", "along_gradient"):
+        h, gn, nme, phi, rest = (first[f"curvature/{part}/{quantity}"] for part in PARTS)
+        assert gn + nme == pytest.approx(h, rel=1e-4)
+        assert phi + rest == pytest.approx(nme, rel=1e-4, abs=1e-5)
+    gradient = torch.func.grad(loss)(parameters)
+    along = sum(
+        torch.einsum("i,ij,j", gradient[a].flatten(), block.reshape(gradient[a].numel(), -1), gradient[b].flatten())
+        for a, row in hessian.items()
+        for b, block in row.items()
+    )
+    square = sum(g.square().sum() for g in gradient.values())
+    assert first["curvature/hessian/along_gradient"] == pytest.approx((along / square).item(), rel=1e-4)
+    rows = metrics.filter(regex=r"^curvature/hessian/frobenius_norm/\w+(?<!_stderr)$").iloc[0]
+    assert list(rows.index.str.removeprefix("curvature/hessian/frobenius_norm/")) == ["linear0", "head"]
+    for module in ("linear0", "head"):
+        own = sum(b.square().sum() for n, row in hessian.items() if n.startswith(module) for b in row.values())
+        stderr = first[f"curvature/hessian/frobenius_norm/{module}_stderr"]
+        assert abs(first[f"curvature/hessian/frobenius_norm/{module}"] - math.sqrt(own)) <= 5 * stderr
+
+
+def test_a_loss_that_is_finite_where_its_curvature_is_not_goes_on(monkeypatch):
+    config = replace(SMALL, curvature_every=1)
+    plain = train(SMALL)
+
+    def overflow(*_):
+        raise NotFiniteError("phi'' is NaN")
+
+    monkeypatch.setattr(training, "measure_curvature", overflow)
+    assert train(config).equals(plain)
 
 
 def test_measuring_curvature_does_not_change_the_training():

@@ -262,7 +262,7 @@ class RunConfig(_Config):
         warmup_epochs: epochs over which the learning rate rises linearly from 0.
         schedule: "cosine" (to 0 at the last step) or "constant", after the warm-up.
         seed: initialisation, shuffling, augmentation and the regularizer's noise.
-        curvature_every: measure tr and ||.||_F of H, GN and NME every so many epochs; 0 never.
+        curvature_every: measure the curvature every so many epochs, see `train`; 0 never.
         fidelity_rho: measure there too how well rho C g^ predicts SAM's correction, with this rho; 0 does not.
         track_every: follow H, GN and NME with `twofold.track` every so many steps, into curvature.csv; 0 never.
         curvature_probe: training examples in the fixed batch that is measured.

@@ -1,18 +1,22 @@
 """What is measured of a model along training: accuracy, curvature, fidelity."""
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from twofold.activations import gaussian, second_derivative
 from twofold.curvature.curvature import Curvature
-from twofold.curvature.fidelity import fidelity
+from twofold.curvature.fidelity import CURVATURES, CurvatureOf, fidelity
 from twofold.curvature.liveness import live_fraction
 from twofold.curvature.track import Tracker, track
 from twofold.distributed import agree, rank, world_size
 from twofold.lab.config import RunConfig
 from twofold.lab.data import Dataset, Examples, first_batch
 from twofold.lab.runs import Row
-from twofold.types import ProcessGroup
+from twofold.parameters import norm
+from twofold.types import Estimate, Matrix, ProcessGroup
 
 _BATCH = 1000
 MOST_TRAINING_EXAMPLES = 10_000
@@ -49,18 +53,40 @@ def build_tracker(config: RunConfig, model: nn.Module, examples: Examples) -> Tr
     return track(model, F.cross_entropy, first_batch(examples, config.curvature_probe), mode="eval")
 
 
-def measure_curvature(config: RunConfig, model: nn.Module, examples: Examples) -> Row:
-    """Traces and Frobenius norms of H, GN and NME, the live fraction of phi'', and fidelity, in eval mode.
+PARTS: tuple[Matrix, ...] = ("hessian", "gauss_newton", "nme", "activation_nme", "rest")
 
-    All on the first `curvature_probe` of the examples.
+PREDICTORS: Mapping[str, CurvatureOf] = {
+    **CURVATURES,
+    **{f"hessian_gaussian_{beta}": second_derivative(gaussian(beta=beta)) for beta in (2, 100)},
+}
+"""What fidelity is measured of: what `twofold.fidelity` takes, and H with a synthetic phi'' for their own."""
+
+
+def measure_curvature(config: RunConfig, model: nn.Module, examples: Examples) -> Row:
+    """Traces and norms of H, GN and NME and of the NME's parts, also along the gradient and by module; fidelity.
+
+    All on the first `curvature_probe` of the examples, in eval mode, with the live fraction of phi''.
+
+    Raises:
+        NotFiniteError: the loss, phi'' or a product is NaN or infinite.
     """
     batch = first_batch(examples, config.curvature_probe)
     curvature = Curvature(model, F.cross_entropy, batch, mode="eval")
     row: Row = {"activation/live_fraction": live_fraction(model, batch, mode="eval")}
+
+    def note(key: str, estimate: Estimate) -> None:
+        row.update({key: estimate.value, f"{key}_stderr": estimate.stderr})
+
     for quantity, measure in (("trace", curvature.traces), ("frobenius_norm", curvature.frobenius)):
-        for matrix, estimate in measure(num_matvecs=config.curvature_matvecs).items():
-            key = f"curvature/{matrix}/{quantity}"
-            row |= {key: estimate.value, f"{key}_stderr": estimate.stderr}
+        for matrix, estimate in measure(config.curvature_matvecs, parts=PARTS).items():
+            note(f"curvature/{matrix}/{quantity}", estimate)
+    for matrix, modules in curvature.frobenius(config.curvature_matvecs, by_block="module").items():
+        for module, estimate in modules.items():
+            note(f"curvature/{matrix}/frobenius_norm/{module}", estimate)
+    gradient = curvature.gradient()
+    for matrix, form in curvature.quadratic_forms(gradient / norm([gradient]), PARTS).items():
+        row[f"curvature/{matrix}/along_gradient"] = form.item()
     if config.fidelity_rho:
-        row |= fidelity(model, F.cross_entropy, batch, config.fidelity_rho, mode="eval").metrics()
+        found = fidelity(model, F.cross_entropy, batch, config.fidelity_rho, curvatures=PREDICTORS, mode="eval")
+        row |= found.metrics()
     return row

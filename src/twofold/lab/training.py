@@ -8,7 +8,7 @@ import math
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from twofold.distributed import rank, together
-from twofold.errors import TwofoldError
+from twofold.errors import NotFiniteError, TwofoldError
 from twofold.lab import checkpoint, ranks
 from twofold.lab.building import build_backward, build_optimizer, build_regularizer
 from twofold.lab.config import RunConfig
@@ -47,9 +47,11 @@ def train(
 
     Columns: epoch, step, lr; loss and accuracy (from 0 to 1) as "train/loss", "validation/accuracy", ..., where train
     has the noisy labels that are trained on, and at most its first 10000 examples, which are random ones. Where
-    curvature is measured, "curvature/<matrix>/<quantity>" and the same with "_stderr": matrix is hessian, gauss_newton
-    or nme, quantity is trace or frobenius_norm; and "activation/live_fraction", the fraction of activation inputs at
-    which phi'' is not 0; with `fidelity_rho` also "fidelity/<curvature>/cosine" and ".../relative_error".
+    curvature is measured, "curvature/<matrix>/<quantity>": matrix is hessian, gauss_newton, nme, activation_nme or
+    rest, quantity is along_gradient (g'Ag / g'g), trace or frobenius_norm, the latter two with "_stderr" beside them,
+    and "frobenius_norm/<module>", the norm of a module's rows; and "activation/live_fraction", the fraction of
+    activation inputs at which phi'' is not 0; with `fidelity_rho` also "fidelity/<curvature>/cosine" and
+    ".../relative_error". They are missing where the curvature is not finite.
     "regularizer/<name>" are its diagnostics in the last step.
 
     With `track_every` the curvature is followed step by step with `twofold.track`, in a table of its own in the run's
@@ -133,7 +135,8 @@ def _train(
             finite = math.isfinite(row["train/loss"]) and not diverged
             every = config.curvature_every
             if finite and every and (epoch % every == 0 or epoch == num_epochs):
-                row |= measure_curvature(config, model, data.train)
+                with suppress(NotFiniteError):  # a loss may be finite where its curvature is not
+                    row |= measure_curvature(config, model, data.train)
             if regularizer is not None:
                 row |= {f"regularizer/{name}": value for name, value in regularizer.diagnostics.items()}
             rows.append(row)

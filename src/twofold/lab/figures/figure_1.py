@@ -22,22 +22,11 @@ from twofold.lab.figures.curves import (
     best_strength,
     distance,
     interval_columns,
-    num_diverged,
     summarise,
 )
 from twofold.lab.figures.figure import Figure
 from twofold.lab.figures.scales import Scale
-from twofold.lab.figures.verdicts import (
-    DOES_NOT_SHOW,
-    SHOWS,
-    UNDECIDED,
-    Interval,
-    Verdict,
-    confidence_interval,
-    decide,
-    paired_difference,
-    rule_for,
-)
+from twofold.lab.figures.verdicts import Finding, Verdict, judge, paired_difference, rule_for
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -70,7 +59,7 @@ DIFFERS = (
     "Label noise is added because without it these small tasks leave sharpness regularization little to improve.",
     "The small networks have no normalisation layers. WideResNet normalises every pass with the batch's own statistics "
     "and moves the running ones in the first pass only; the paper does not say what it did.",
-    "rho is chosen on a clean validation split, and the test accuracy is read once; the paper does not say.",
+    "rho is chosen on a clean validation split, and nothing on the test set; the paper does not say.",
     "Training accuracy is drawn beside test accuracy: whether PSAM follows SAM is a question of optimisation first.",
     "3 seeds (quick) or 10 (cpu), shared by all methods, where the paper has 5.",
 )
@@ -79,24 +68,6 @@ RULE = (
     rule_for("a difference paired by seed, in points of accuracy (percent)", SMALLEST)
     + " A method's own best rho is the one above 0 with the highest mean validation accuracy, the same for all seeds."
 )
-
-TRACKING = "1: PSAM follows SAM with GELU and falls behind with ReLU (training accuracy)"
-EQUAL_RHO = "1: PSAM falls further behind SAM with ReLU than with GELU (test accuracy, equal rho)"
-OWN_BEST = "1: PSAM falls further behind SAM with ReLU than with GELU (test accuracy, each at its own best rho)"
-BELOW_SGD = "1b: with ReLU, PSAM falls below plain SGD at SAM's best rho, where SAM stays above"
-
-Curves = dict[tuple[str, str], pd.DataFrame]
-"""(activation, method) -> the runs of that curve, of one data set."""
-
-RULES = {
-    TRACKING: "Mean over rho > 0 of |training accuracy of PSAM - that of SAM|, with ReLU minus with GELU. It says how "
-    "far the two part, not which of them is better.",
-    EQUAL_RHO: "Mean over rho > 0 of (test accuracy of SAM - that of PSAM), with ReLU minus with GELU.",
-    OWN_BEST: "Test accuracy of SAM at its own best rho minus that of PSAM at its own, with ReLU minus with GELU.",
-    BELOW_SGD: "With ReLU at SAM's own best rho: test accuracy of plain SGD minus that of PSAM. Where that shows, SAM "
-    "must stay above: the interval of its test accuracy minus that of SGD must lie above 0, or else the finding is "
-    "undecided, and does not show if it lies below 0.",
-}
 
 
 def runs(scale: Scale, data: str) -> list[RunConfig]:
@@ -162,69 +133,64 @@ def draw(table: pd.DataFrame, columns: int = 3) -> matplotlib.figure.Figure:
     return figure
 
 
-def verdicts(table: pd.DataFrame, scale: Scale) -> list[Verdict]:
-    """Apply RULES to each data set in the table."""
-    found = []
-    for data, of_data in table.groupby("data.name"):
-        curves = {(a, m): curve_of(of_data, a, m) for a in ACTIVATIONS for m in METHODS}
-        for finding, effect in (
-            (TRACKING, _tracking(curves)),
-            (EQUAL_RHO, _equal_rho(curves)),
-            (OWN_BEST, _own_best(curves)),
-        ):
-            interval = confidence_interval(effect)
-            found.append((data, finding, interval, decide(interval, SMALLEST), of_data))
-        below, above = _against_sgd(curves)
-        found.append((data, BELOW_SGD, below, _below_sgd(below, above), of_data[of_data["model.activation"] == "relu"]))
-    return [
-        Verdict(
-            finding=finding,
-            figure=FIGURE.name,
-            rule=RULES[finding],
-            effect=interval.mean,
-            low=interval.low,
-            high=interval.high,
-            verdict=verdict,
-            seeds=interval.count,
-            diverged=num_diverged(judged),
-            scale=scale.name,
-            data=str(data),
-        )
-        for data, finding, interval, verdict, judged in found
-    ]
-
-
 def _relu_minus_gelu(of_activation: Callable[[str], pd.Series]) -> pd.Series:
     return paired_difference(of_activation("relu"), of_activation("gelu"))
 
 
-def _tracking(curves: Curves) -> pd.Series:
-    return _relu_minus_gelu(lambda activation: distance(curves[activation, "PSAM"], curves[activation, "SAM"]))
+def _tracking(table: pd.DataFrame) -> pd.Series:
+    return _relu_minus_gelu(lambda a: distance(curve_of(table, a, "PSAM"), curve_of(table, a, "SAM")))
 
 
-def _equal_rho(curves: Curves) -> pd.Series:
-    return _relu_minus_gelu(lambda activation: at_equal_strength(curves[activation, "SAM"], curves[activation, "PSAM"]))
+def _equal_rho(table: pd.DataFrame) -> pd.Series:
+    return _relu_minus_gelu(lambda a: at_equal_strength(curve_of(table, a, "SAM"), curve_of(table, a, "PSAM")))
 
 
-def _own_best(curves: Curves) -> pd.Series:
-    return _relu_minus_gelu(lambda activation: best_against_best(curves[activation, "SAM"], curves[activation, "PSAM"]))
+def _own_best(table: pd.DataFrame) -> pd.Series:
+    return _relu_minus_gelu(lambda a: best_against_best(curve_of(table, a, "SAM"), curve_of(table, a, "PSAM")))
 
 
-def _against_sgd(curves: Curves) -> tuple[Interval, Interval]:
-    """Intervals of SGD - PSAM and of SAM - SGD in test accuracy, with ReLU at SAM's best rho."""
-    rho = best_strength(curves["relu", "SAM"])
-    sam, psam = (accuracy(curves["relu", method], "test") for method in ("SAM", "PSAM"))
-    sgd = at_strength(sam, 0.0)
-    below = paired_difference(sgd, at_strength(psam, rho))
-    above = paired_difference(at_strength(sam, rho), sgd)
-    return confidence_interval(below), confidence_interval(above)
+def _above_sgd(table: pd.DataFrame, method: str) -> pd.Series:
+    """Test accuracy of a method minus that of SGD, with ReLU at SAM's best rho."""
+    rho = best_strength(curve_of(table, "relu", "SAM"))
+    found = accuracy(curve_of(table, "relu", method), "test")
+    return paired_difference(at_strength(found, rho), at_strength(found, 0.0))
 
 
-def _below_sgd(below: Interval, above: Interval) -> str:
-    verdict = decide(below, SMALLEST)
-    if verdict != SHOWS or above.low > 0:
-        return verdict
-    return DOES_NOT_SHOW if above.high < 0 else UNDECIDED
+FINDINGS = (
+    Finding(
+        "1: PSAM follows SAM with GELU and parts from it with ReLU (training accuracy)",
+        "Mean over rho > 0 of |training accuracy of PSAM - that of SAM|, with ReLU minus with GELU. It says how far "
+        "the two part, not which of them is better.",
+        _tracking,
+        SMALLEST,
+    ),
+    Finding(
+        "1: PSAM falls further behind SAM with ReLU than with GELU (test accuracy, equal rho)",
+        "Mean over rho > 0 of (test accuracy of SAM - that of PSAM), with ReLU minus with GELU.",
+        _equal_rho,
+        SMALLEST,
+    ),
+    Finding(
+        "1: PSAM falls further behind SAM with ReLU than with GELU (test accuracy, each at its own best rho)",
+        "Test accuracy of SAM at its own best rho minus that of PSAM at its own, with ReLU minus with GELU.",
+        _own_best,
+        SMALLEST,
+    ),
+    Finding(
+        "1b: with ReLU, PSAM falls below plain SGD at SAM's best rho, where SAM stays above",
+        "With ReLU at SAM's own best rho: test accuracy of plain SGD minus that of PSAM. Where that shows, SAM must "
+        "stay above: the interval of its test accuracy minus that of SGD must lie above 0, or else the finding is "
+        "undecided, and does not show if it lies below 0.",
+        lambda table: -_above_sgd(table, "PSAM"),
+        SMALLEST,
+        condition=lambda table: _above_sgd(table, "SAM"),
+    ),
+)
+
+
+def verdicts(table: pd.DataFrame, scale: Scale) -> list[Verdict]:
+    """Decide FINDINGS on each data set in the table."""
+    return judge(FINDINGS, table, scale, FIGURE.name)
 
 
 FIGURE = Figure(

@@ -39,6 +39,6 @@ FIGURE = strength_figure(
     curves=(GELU_SAM, GELU_PSAM, GAUSS_NEWTON),
     values=figure_1.RHO,
     findings=contrast_findings(
-        "10: without the NME, PSAM falls behind PSAM with the Hessian", [GELU_PSAM], [GAUSS_NEWTON], GELU_SAM
+        "10: without the NME, PSAM falls behind PSAM with the Hessian", GELU_PSAM, GAUSS_NEWTON, GELU_SAM
     ),
 )

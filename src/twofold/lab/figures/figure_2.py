@@ -42,7 +42,7 @@ def _nearer_to_relu(runs: pd.DataFrame) -> pd.Series:
 
 
 FINDINGS = (
-    *contrast_findings("2: phi'' := 0 takes from PSAM what GELU gives it", [GELU_PSAM], [WITHOUT], GELU_SAM),
+    *contrast_findings("2: phi'' := 0 takes from PSAM what GELU gives it", GELU_PSAM, WITHOUT, GELU_SAM),
     Finding(
         "2: with phi'' := 0, GELU behaves like ReLU",
         "Mean over rho > 0 of |change of training accuracy against SGD - that with ReLU|, for PSAM with GELU minus for "

@@ -50,5 +50,8 @@ FIGURE = strength_figure(
     rule=figure_1.RULE,
     curves=(RELU_SAM, RELU_PSAM, WIDE, NARROW, GELU_PSAM),
     values=figure_1.RHO,
-    findings=contrast_findings("3: a synthetic phi'' rescues PSAM with ReLU", [WIDE, NARROW], [RELU_PSAM], RELU_SAM),
+    findings=(
+        *contrast_findings("3: a synthetic phi'' rescues PSAM with ReLU, beta 2", WIDE, RELU_PSAM, RELU_SAM),
+        *contrast_findings("3: a synthetic phi'' rescues PSAM with ReLU, beta 100", NARROW, RELU_PSAM, RELU_SAM),
+    ),
 )

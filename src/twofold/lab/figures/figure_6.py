@@ -18,7 +18,7 @@ from twofold.lab.figures.figure import Figure
 from twofold.lab.figures.figure_1 import LABELS
 from twofold.lab.figures.scales import Scale
 from twofold.lab.figures.style import COLOURS
-from twofold.lab.figures.traces import TRACE_DIFFERS, trace_curve, trace_recipe
+from twofold.lab.figures.traces import FIXED_HESSIAN_OF_LOSS, TRACE_DIFFERS, trace_curve, trace_recipe
 from twofold.lab.figures.verdicts import Finding, Verdict, judge, rule_for
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 SIGMA_SQUARED = {"smoke": 8e-3, "quick": 8e-3, "cpu": 8e-3, "paper": 1e-3}
 EPOCHS_BETWEEN = {"smoke": 1, "quick": 2, "cpu": 4, "paper": 10}
 MATRICES = {"tr H": "hessian", "tr GN": "gauss_newton", "tr NME": "nme"}
+SPLITS = ("train", "test")
 
 SGD = "SGD"
 HESSIAN = trace_curve("tr H penalised", "hessian_trace", (COLOURS["purple"], "D", "--"))
@@ -39,11 +40,13 @@ CAPTION = (
     "tr H and tr GN on 256 training examples along training, with plain SGD and while tr H or tr GN is penalised with "
     "the strength that matches weight noise of variance sigma^2 (0.008 on the small networks), with GELU and, as a "
     "control, with ReLU, where phi'' = 0 and so tr H = tr GN. The axis is linear near 0 and logarithmic beyond. Lines "
-    "are means over seeds, bands are 95 % intervals; a diverged run counts up to its last finite measurement."
+    "are means over seeds, bands are 95 % intervals; a diverged run counts up to its last finite measurement. The "
+    "table of numbers has the accuracies at the same steps."
 )
 
 DIFFERS = (
     *TRACE_DIFFERS[:3],
+    FIXED_HESSIAN_OF_LOSS,
     "sigma^2 is 0.008 on the small networks and 0.001 in the paper; the penalty is sigma^2 / 2 tr, the paper's is "
     "sigma^2 tr.",
     "Traces are Hutchinson estimates with 16 probes on a fixed batch of training examples, in eval mode; the paper "
@@ -72,28 +75,29 @@ def of_curve(table: pd.DataFrame, curve: Curve) -> pd.DataFrame:
 
 
 def measurements(runs: pd.DataFrame) -> pd.DataFrame:
-    """One row a run and step at which curvature was measured: seed, step, and the traces; finite ones only."""
+    """One row a run and step at which curvature was measured: seed, step, traces and accuracies; finite ones only."""
     rows = []
     for seed, metrics in zip(runs["seed"], runs["metrics"], strict=True):
         columns = {name: metrics.get(f"curvature/{matrix}/trace") for name, matrix in MATRICES.items()}
         if all(column is not None for column in columns.values()):
+            columns |= {split: 100 * metrics[f"{split}/accuracy"] for split in SPLITS}
             rows.append(pd.DataFrame({"seed": seed, "step": metrics["step"], **columns}))
-    found = pd.concat(rows) if rows else pd.DataFrame(columns=["seed", "step", *MATRICES], dtype=float)
+    found = pd.concat(rows) if rows else pd.DataFrame(columns=["seed", "step", *MATRICES, *SPLITS], dtype=float)
     return found.replace([math.inf, -math.inf], math.nan).dropna()
 
 
 def numbers(table: pd.DataFrame) -> pd.DataFrame:
-    """One row for each data set, activation, penalty and step, with the three traces."""
+    """One row for each data set, activation, penalty and step, with the three traces and the accuracies in percent."""
     rows = []
     for (data, activation), of_activation in table.groupby(["data.name", "model.activation"]):
         for label, chosen in _by_penalty(of_activation).items():
             for step, measured in measurements(chosen).groupby("step"):
                 row = {"data": data, "activation": activation, "curve": label, "step": step, "seeds": len(measured)}
                 row["diverged"] = num_diverged(chosen)
-                for name in MATRICES:
+                for name in (*MATRICES, *SPLITS):
                     row |= interval_columns(name, measured[name])
                 rows.append(row)
-    intervals = [name + end for name in MATRICES for end in ("", "_low", "_high")]
+    intervals = [name + end for name in (*MATRICES, *SPLITS) for end in ("", "_low", "_high")]
     columns = ["data", "activation", "curve", "step", "seeds", "diverged", *intervals]
     return pd.DataFrame(rows, columns=columns)
 

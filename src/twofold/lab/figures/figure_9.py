@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 KEY = "activation/live_fraction"
 METHODS = ("SGD", "PSAM")
-WHEN = {"before": 0, "after": -1}
 LINES = {
     ("SGD", "before"): ("before training", (style.INK, "o", ":")),
     ("SGD", "after"): ("after SGD", LOOKS["SGD"]),
@@ -34,7 +33,8 @@ LINES = {
 CAPTION = (
     "Share of activation inputs at which phi'' of beta-GELU is not 0 (in float32: |beta h| below 13 or so), before "
     "training and after training with SGD and with PSAM at rho = 0.1, on 256 training examples in eval mode. Points "
-    "are means over seeds, bars are 95 % intervals. A hollow marker has diverged runs behind it."
+    "are means over seeds, bars are 95 % intervals. A run that diverged was not measured after training; a hollow "
+    "marker lacks such runs."
 )
 
 DIFFERS = (
@@ -56,9 +56,17 @@ def runs(scale: Scale, data: str) -> list[RunConfig]:
 def live(table: pd.DataFrame, method: str, when: str) -> pd.DataFrame:
     """Percent of live inputs "before" or "after" training: one row a seed, one column a beta."""
     chosen = of_method(table, method)
-    measured = [metrics.get(KEY, pd.Series(dtype=float)).dropna() for metrics in chosen["metrics"]]
-    percent = [100 * float(column.iloc[WHEN[when]]) if len(column) else math.nan for column in measured]
+    percent = [100 * _measured(metrics, when) for metrics in chosen["metrics"]]
     return chosen[["seed", AXIS]].assign(percent=percent).pivot(index="seed", columns=AXIS, values="percent")
+
+
+def _measured(metrics: pd.DataFrame, when: str) -> float:
+    """NaN where it was not measured, as after a run that diverged."""
+    if KEY not in metrics:
+        return math.nan
+    trained = metrics["step"] > 0
+    found = metrics.loc[trained if when == "after" else ~trained, KEY].dropna()
+    return float(found.iloc[-1]) if len(found) else math.nan
 
 
 def numbers(table: pd.DataFrame) -> pd.DataFrame:

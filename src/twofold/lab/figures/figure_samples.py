@@ -38,7 +38,8 @@ FIXED = trace_curve("tr GN, 1, H_z fixed", "gauss_newton_trace", (COLOURS["relu"
 
 SETTING = (
     "MNIST-1D (4000 examples, 30 % of training labels redrawn) and an MLP 40-32x2-10 with GELU, small enough that the "
-    "exact traces and their gradients are cheap: 192 steps at scale cpu, 128 at quick."
+    "exact traces and their gradients are cheap: 192 steps at scale cpu, 128 at quick. Scale paper takes CIFAR-10 and "
+    "an MLP of that size."
 )
 
 
@@ -73,13 +74,13 @@ FINDINGS = (
     ),
     Finding(
         "The exact penalty on tr GN helps more than that from one sample (equal strength)",
-        "Mean over strengths of test accuracy with the exact penalty on tr GN minus that from one drawn label.",
+        "Mean over strengths of test accuracy with the exact penalty on tr GN minus that from one sample.",
         lambda runs: at_equal_strength(EXACT_GAUSS_NEWTON.of(runs), GAUSS_NEWTON[1].of(runs)),
     ),
     Finding(
         "The gradient of tr GN helps more than the paper's, which holds H_z fixed (equal strength)",
         "Mean over strengths of test accuracy with the penalty's own gradient minus that of tr J' sg(H_z) J, one "
-        "sample each.",
+        "sample each: a Gaussian residual for the first, a drawn label for the second, as the paper has it.",
         lambda runs: at_equal_strength(GAUSS_NEWTON[1].of(runs), FIXED.of(runs)),
     ),
 )

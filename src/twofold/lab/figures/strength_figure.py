@@ -104,19 +104,19 @@ def draw_accuracy(
     return figure
 
 
-def contrast_findings(claim: str, better: Sequence[Curve], worse: Sequence[Curve], sam: Curve) -> tuple[Finding, ...]:
+def contrast_findings(claim: str, better: Curve, worse: Curve, sam: Curve) -> tuple[Finding, ...]:
     """What the paper claims of two ways to take the penalty: one helps more, and follows SAM more closely.
 
     Args:
         claim: the finding's number and text.
-        better: the curve that the paper finds better; of several, the first that has runs is judged.
-        worse: the one that it finds worse, likewise.
+        better: the curve that the paper finds better; it is asked at this curve's scales.
+        worse: the one that it finds worse.
         sam: SAM with the same activation.
     """
-    gap = f"test accuracy of {better[0].label} minus that of {worse[0].label}"
+    gap = f"test accuracy of {better.label} minus that of {worse.label}"
 
     def pair(runs: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-        return first_with_runs(better, runs), first_with_runs(worse, runs)
+        return better.of(runs), worse.of(runs)
 
     def follows(runs: pd.DataFrame) -> pd.Series:
         reference = sam.of(runs)
@@ -128,26 +128,24 @@ def contrast_findings(claim: str, better: Sequence[Curve], worse: Sequence[Curve
             f"{claim} (test accuracy, equal rho up to {SMALL_RHO:g})",
             f"Mean over rho up to {SMALL_RHO:g} of {gap}.",
             lambda runs: at_equal_strength(*pair(runs), high=SMALL_RHO),
+            scales=better.scales,
         ),
         Finding(
             f"{claim} (test accuracy, equal rho above {SMALL_RHO:g})",
             f"Mean over rho above {SMALL_RHO:g} of {gap}.",
             lambda runs: at_equal_strength(*pair(runs), low=SMALL_RHO),
+            scales=better.scales,
         ),
         Finding(
             f"{claim} (test accuracy, each at its own best rho)",
             f"The {gap}, each at its own best rho.",
             lambda runs: best_against_best(*pair(runs)),
+            scales=better.scales,
         ),
         Finding(
             f"{claim} (distance from SAM's training accuracy)",
-            f"Mean over rho > 0 of |training accuracy - that of SAM|, for {worse[0].label} minus for "
-            f"{better[0].label}.",
+            f"Mean over rho > 0 of |training accuracy - that of SAM|, for {worse.label} minus for {better.label}.",
             follows,
+            scales=better.scales,
         ),
     )
-
-
-def first_with_runs(curves: Sequence[Curve], runs: pd.DataFrame) -> pd.DataFrame:
-    """The runs of the first of these curves that the table holds."""
-    return next((curve for curve in curves if curve.has_runs(runs)), curves[0]).of(runs)

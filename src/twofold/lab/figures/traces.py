@@ -36,8 +36,13 @@ TRACE_DIFFERS = (
     *DIFFERS[1:3],
     "Strengths are matched: noise of variance sigma^2 is drawn at sigma^2, and so is the penalty sigma^2 / 2 tr, which "
     "has the same effect to second order. The paper compares noise sigma^2 with the penalty sigma^2 tr, twice as "
-    "strong. The strengths lie a factor of 2 apart, so that both conventions are judged from the same runs.",
-    "The strength is chosen on a clean validation split, and the test accuracy is read once; the paper does not say.",
+    "strong.",
+    "The strength is chosen on a clean validation split, and nothing on the test set; the paper does not say.",
+)
+
+FIXED_HESSIAN_OF_LOSS = (
+    "As in the paper, the gradient of the penalty on tr GN does not go through H_z, the loss's Hessian in the outputs, "
+    "nor through what is drawn from it; figure samples has the whole gradient beside it."
 )
 
 

@@ -42,14 +42,14 @@ class Verdict:
     """What the numbers say about one finding.
 
     Attributes:
-        finding: what the paper claims.
+        finding: what is claimed, mostly by the paper.
         figure: the figure's name.
         rule: how the finding is judged.
         effect: mean paired difference in the direction of the claim, in the rule's unit.
         low, high: its 95 % interval.
         verdict: "shows", "does not show", "opposite" or "undecided".
         seeds: pairs behind the effect.
-        diverged: runs among them that diverged; they count as they are.
+        diverged: diverged runs that the effect rests on: without one of them it would be another.
         scale: the scale that was run.
         data: the data set.
     """
@@ -96,7 +96,7 @@ def confidence_interval(values: Iterable[float]) -> Interval:
 def rule_for(effect: str, smallest: float) -> str:
     """The rule at the top of this file for readers, with what an effect is and the smallest that matters."""
     return (
-        f"Every effect is {effect}, positive in the direction that the paper claims, with a 95 % Student-t interval "
+        f"Every effect is {effect}, positive in the direction that the finding claims, with a 95 % Student-t interval "
         f"over seeds. The smallest effect that matters is {smallest:g}. "
         f"Shows: the interval lies above 0 and the effect is at least {smallest:g}. "
         f"Opposite: the interval lies below 0 and the effect is at most -{smallest:g}. "
@@ -138,24 +138,41 @@ class Finding:
     """A claim that one paired effect decides.
 
     Attributes:
-        text: what the paper claims.
+        text: what is claimed.
         rule: how the effect is computed.
         effect: runs of one data set -> the effect by seed, positive in the direction of the claim.
         smallest: the smallest effect that matters, in the same unit.
+        scales: scales at which it is asked; None means all.
+        condition: runs -> another effect by seed. Where the finding shows, its interval must lie above 0, or else the
+            finding is undecided, and does not show if it lies below 0. None sets no condition.
     """
 
     text: str
     rule: str
     effect: Callable[[pd.DataFrame], pd.Series]
     smallest: float = 1.0
+    scales: tuple[str, ...] | None = None
+    condition: Callable[[pd.DataFrame], pd.Series] | None = None
+
+    def decide(self, runs: pd.DataFrame, effect: Interval) -> str:
+        """The verdict on these runs, whose effect is known."""
+        verdict = decide(effect, self.smallest)
+        if verdict != SHOWS or self.condition is None:
+            return verdict
+        condition = confidence_interval(self.condition(runs))
+        if condition.low > 0:
+            return SHOWS
+        return DOES_NOT_SHOW if condition.high < 0 else UNDECIDED
 
 
 def judge(findings: Sequence[Finding], table: pd.DataFrame, scale: Scale, figure: str) -> list[Verdict]:
-    """Decide every finding on every data set in the table."""
+    """Decide every finding that the scale asks, on every data set in the table."""
     found = []
     for data, runs in table.groupby("data.name"):
         for finding in findings:
-            interval = confidence_interval(finding.effect(runs))
+            if finding.scales is not None and scale.name not in finding.scales:
+                continue
+            interval = confidence_interval(effect := finding.effect(runs))
             verdict = Verdict(
                 finding=finding.text,
                 figure=figure,
@@ -163,14 +180,19 @@ def judge(findings: Sequence[Finding], table: pd.DataFrame, scale: Scale, figure
                 effect=interval.mean,
                 low=interval.low,
                 high=interval.high,
-                verdict=decide(interval, finding.smallest),
+                verdict=finding.decide(runs, interval),
                 seeds=interval.count,
-                diverged=int(runs["status"].eq("diverged").sum()),
+                diverged=_diverged_behind(finding, runs, effect),
                 scale=scale.name,
                 data=str(data),
             )
             found.append(verdict)
     return found
+
+
+def _diverged_behind(finding: Finding, runs: pd.DataFrame, effect: pd.Series) -> int:
+    diverged = runs.index[runs["status"].eq("diverged")]
+    return sum(not finding.effect(runs.drop(index)).equals(effect) for index in diverged)
 
 
 def _rounded(value: float) -> float | None:
