@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import matplotlib.figure
 
 RHO = 0.1
-EPOCHS_BETWEEN = {"smoke": 1, "quick": 2, "cpu": 2, "paper": 10}
+EPOCHS_BETWEEN = {"smoke": 1, "quick": 5, "cpu": 2, "paper": 10}
 CURVATURES = {
     "H": ("hessian", (COLOURS["gelu"], "o", "-")),
     "H, phi'' := 0": ("hessian_without_activation_nme", (COLOURS["purple"], "D", "--")),
