@@ -74,6 +74,15 @@ def test_cifar10_as_pictures(tmp_path):
     assert np.array_equal(source.train.inputs.numpy(), images[[0, 3, 1, 4, 2, 5]])
 
 
+def test_more_classes_than_the_data_set_has_are_told(tmp_path):
+    for split in ("train", "test"):
+        for name in "abcdefghijkl":
+            (tmp_path / "cifar10" / split / name).mkdir(parents=True)
+            Image.new("RGB", (32, 32)).save(tmp_path / "cifar10" / split / name / "0.png")
+    with pytest.raises(TwofoldError, match="cifar10 has 12 classes; expected 10"):
+        cifar10.load_source(tmp_path)
+
+
 def test_fashion_mnist_as_pictures(tmp_path, monkeypatch):
     monkeypatch.setattr("twofold.lab.data.fashion_mnist.DEBIAN", tmp_path / "none")
     folders(tmp_path / "fashion-mnist", ending="png", size=(28, 28), grey=True)
@@ -125,6 +134,18 @@ def test_a_damaged_archive_is_told(tmp_path):
     target.write_bytes(target.read_bytes()[:500])
     with pytest.raises(TwofoldError, match=r"cifar-10-binary\.tar\.gz is damaged"):
         load(CIFAR, tmp_path / "data")
+
+
+def test_a_bit_that_flipped_in_an_archive_is_told(tmp_path):
+    cifar_binary(tmp_path / "cifar-10-batches-bin")
+    (tmp_path / "data").mkdir()
+    target = tmp_path / "data" / "cifar-10-binary.tar.gz"
+    archive(tmp_path / "cifar-10-batches-bin", target)
+    whole = target.read_bytes()
+    for place in range(60, len(whole), len(whole) // 40):  # behind the name, which has no checksum
+        target.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        with pytest.raises(TwofoldError, match=r"cifar-10-binary\.tar\.gz is damaged"):
+            load(CIFAR, tmp_path / "data")
 
 
 class _Hostile:
@@ -255,6 +276,22 @@ def test_damaged_folders_are_told(tmp_path, spoil, told):
     folders(tmp_path / "imagenet")
     spoil(tmp_path / "imagenet")
     with pytest.raises(TwofoldError, match=told):
+        first_batch(load(IMAGENET, tmp_path).train, 9)
+
+
+def test_a_picture_that_another_process_cannot_decode_is_named_in_a_line(tmp_path, monkeypatch):
+    folders(tmp_path / "imagenet")
+    for path in tmp_path.glob("imagenet/train/*/*"):
+        path.write_bytes(path.read_bytes()[:200])
+    monkeypatch.setattr(stored, "FEW", 0)
+    with pytest.raises(TwofoldError, match=r"^\S+ cannot be decoded: [^\n]*$"):
+        first_batch(load(IMAGENET, tmp_path).train, 9)
+
+
+def test_a_picture_that_is_far_too_large_is_named(tmp_path, monkeypatch):
+    folders(tmp_path / "imagenet")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(TwofoldError, match=r"^\S+ cannot be decoded: Image size"):
         first_batch(load(IMAGENET, tmp_path).train, 9)
 
 

@@ -58,8 +58,8 @@ def test_the_share_is_judged_by_its_fall():
             "NME of phi''": 20.0,
             "NME without phi''": 5.0,
             "NME along the gradient": -2.5,
-            "layer linear0": 12.5,
-            "layer head": 6.25,
+            "NME, layer linear0": 12.5,
+            "NME, layer head": 6.25,
         }
     )
 

@@ -82,6 +82,17 @@ def test_a_logger_is_closed_when_the_run_fails(kept, tmp_path):
     assert Kept.last.closed
 
 
+def test_a_logger_that_cannot_end_costs_no_finished_run(kept, monkeypatch, tmp_path):
+    def full(self):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Kept, "close", full)
+    directory = RunDirectory(tmp_path, SMALL)
+    with pytest.raises(OSError, match="No space"):
+        train(SMALL, directory=directory, loggers=["kept"])
+    assert directory.result().status == "finished"
+
+
 @pytest.mark.parametrize(
     ("name", "module"), [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")], ids=["tensorboard", "wandb"]
 )

@@ -321,6 +321,13 @@ def test_report_of_what_is_no_reproduction(tmp_path):
         record.write_text(text)
         with pytest.raises(TwofoldError, match="damaged"):
             write_report(tmp_path)
+    for ids in ("[5]", "[[7]]", "5", "null"):
+        record.write_text(f'{{"command": "x", "scale": "smoke", "data": [], "figures": {{"1": {ids}}}}}')
+        with pytest.raises(TwofoldError, match="damaged"):
+            write_report(tmp_path)
+    record.write_text("[" * 100_000)
+    with pytest.raises(TwofoldError, match="damaged"):
+        write_report(tmp_path)
     record.write_text('{"command": "x", "scale": "smoke", "data": [], "figures": {"1": ["0123"]}}')
     with pytest.raises(TwofoldError, match="0123"):
         write_report(tmp_path)

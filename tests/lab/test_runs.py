@@ -1,11 +1,14 @@
+import errno
 import json
 import math
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -116,7 +119,7 @@ def test_the_model_is_the_one_that_was_measured(directory):
 
 
 def test_the_table_has_a_row_a_run_with_dotted_fields(tmp_path, directory):
-    penalised = replace(SMALL, seed=101, regularizer=RegularizerConfig("none", 0.1, {"p": 2}))
+    penalised = replace(SMALL, seed=101, regularizer=RegularizerConfig("gradient_penalty", 0.1, {"p": 2}))
     other = RunDirectory(tmp_path, penalised)
     train(penalised, directory=other)
     ids = [other.id, directory.id]
@@ -220,6 +223,60 @@ def test_a_damaged_checkpoint_is_told_and_the_run_starts_over(tmp_path, damage):
         metrics = train(SMALL, directory=directory, progress=computed.append)
     assert len(computed) == 3
     assert metrics.equals(train(SMALL))
+
+
+def interrupted(out, config):
+    """A run that was stopped after its first epoch."""
+    directory = RunDirectory(out, config)
+
+    def stop(row):
+        if row["epoch"] == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, directory=directory, progress=stop)
+    return directory
+
+
+def test_the_checkpoint_of_another_run_is_not_taken(tmp_path):
+    there, here = (interrupted(tmp_path, replace(SMALL, seed=seed)) for seed in (3, 4))
+    shutil.copy(there.path / "checkpoint.safetensors", here.path)
+    with pytest.warns(TwofoldWarning, match=r"that of another run(.|\n)*starts over"):
+        metrics = train(here.config, directory=here)
+    assert metrics.equals(train(here.config))
+
+
+def test_the_files_of_another_run_are_not_taken(tmp_path, directory):
+    other = RunDirectory(tmp_path, replace(SMALL, seed=3))
+    shutil.copytree(directory.path, other.path)
+    with pytest.warns(TwofoldWarning, match=r"config\.json is that of another run"):
+        assert train(other.config, directory=other).equals(train(other.config))
+    assert load_run(other.path).config == other.config
+
+
+def test_a_directory_of_another_run_is_refused(tmp_path):
+    directory = RunDirectory(tmp_path, SMALL)
+    with pytest.raises(TwofoldError, match="that of another run"):
+        train(replace(SMALL, seed=3), directory=directory)
+    assert not directory.path.exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.csv", "weights.safetensors", "status.json"])
+def test_what_cannot_be_read_at_the_moment_is_no_damage(directory, name, monkeypatch):
+    def refuse(path, *args, **kwargs):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    before = {path.name: path.read_bytes() for path in directory.path.iterdir()}
+    with monkeypatch.context() as patched:
+        read = {"status.json": "read_text"}.get(name, "open")
+        original = getattr(Path, read)
+        patched.setattr(
+            Path, read, lambda path, *args, **kwargs: (refuse if path.name == name else original)(path, *args, **kwargs)
+        )
+        with pytest.raises(TwofoldError, match=rf"{name} cannot be read \(Too many open files\)"):
+            train(SMALL, directory=directory)
+    assert {path.name: path.read_bytes() for path in directory.path.iterdir()} == before
+    assert directory.result().status == "finished"
 
 
 def test_an_unfinished_run_is_no_run_yet(tmp_path):

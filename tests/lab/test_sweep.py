@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from twofold.errors import TwofoldError
+from twofold.lab import runs
 from twofold.lab.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig
 from twofold.lab.runs import RunDirectory, load_run, load_runs, run_id
 from twofold.lab.sweep import compute, sweep
@@ -63,6 +64,24 @@ def test_a_failed_run_is_recorded_and_the_others_go_on(tmp_path):
     assert run.status == "failed"
     assert run.error.startswith("Traceback")
     assert sweep([misfit], tmp_path, workers=1).failed == result.failed  # tried again, not taken as a result
+
+
+def test_a_run_that_fails_before_it_begins_is_recorded(tmp_path):
+    def nothing(directory, data_dir):
+        raise ValueError("on purpose")
+
+    result = sweep(CONFIGS[:1], tmp_path, workers=1, compute=nothing)
+    assert result.failed == {IDS[0]: "ValueError: on purpose"}
+    assert "on purpose" in load_run(tmp_path / "runs" / IDS[0]).error
+
+
+def test_a_worker_with_other_code_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "code_version", lambda: "0+another")
+    with pytest.raises(
+        TwofoldError, match=r"could not be started: the code or torch of this worker \(\S+, \S+\) is not"
+    ):
+        sweep(CONFIGS[:1], tmp_path, workers=1)
+    assert not (tmp_path / "runs" / run_id(CONFIGS[0])).exists()
 
 
 def test_a_run_whose_worker_dies_once_is_retried(tmp_path):

@@ -332,6 +332,14 @@ def test_the_listings_bell_is_narrower_than_that_of_the_equation():
         assert found.item() == pytest.approx(2 / math.sqrt(2 * math.pi) * value)
 
 
+def test_gradients_that_were_not_finite_are_counted():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        metrics = train(replace(SMALL, regularizer=RegularizerConfig("sam", 1e30)))
+    assert metrics["regularizer/skipped"].tolist() == metrics["step"].tolist()
+    assert train(replace(SMALL, regularizer=RegularizerConfig("sam", 0.1)))["regularizer/skipped"].eq(0).all()
+
+
 def test_options_that_do_not_fit_are_told():
     config = replace(SMALL, regularizer=RegularizerConfig("sam", 0.1, {"radius": 2}))
     with pytest.raises(TwofoldError, match=r"options do not fit sam.*radius"):

@@ -214,7 +214,12 @@ class RegularizerConfig(_Config):
         self._choice("name", REGULARIZERS)
         self._real("strength")
         self._normalise_options()
-        _ = self.bell
+        if self.bell is not None and self.name in ("none", "exact_trace"):
+            raise self._refuse("second_derivative", self.second_derivative, f"None where name is {self.name!r}")
+        if self.name == "none":
+            for name in ("strength", "options"):
+                if came := getattr(self, name):
+                    raise self._refuse(name, came, "nothing where name is 'none': plain training takes none")
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values, the options as a mapping."""

@@ -165,7 +165,7 @@ def _cost(figure: str, data: str, configs: Iterable[RunConfig], out: Path, budge
     return Cost(
         figure,
         data,
-        " or ".join(sorted(units)),
+        " or ".join(sorted(units)) or SPEEDS["cpu"].unit,
         runs=len(directories),
         there=len(directories) - len(missing),
         hours=sum(map(seconds, missing)) / 3600,

@@ -23,6 +23,10 @@ class UnwritableError(TwofoldError):
     """Results cannot be written: the disk is full, read-only or gone. No fault of a run; what is finished stays."""
 
 
+class UnreadableError(TwofoldError):
+    """A file is there and cannot be read at the moment: too many open files, no permission. It may be whole."""
+
+
 def unwritable(path: Path, error: OSError | NotImplementedError) -> UnwritableError:
     """The error to raise where writing `path` ended with `error`."""
     reason = getattr(error, "strerror", None) or error
@@ -77,7 +81,7 @@ def checksum(path: Path) -> str:
     """SHA-256 of a file.
 
     Raises:
-        TwofoldError: it is missing, or cannot be read.
+        TwofoldError: it is missing, is no file, or (an UnreadableError) cannot be read.
     """
     try:
         return file_digest(path)
@@ -91,7 +95,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        TwofoldError: there is none.
+        TwofoldError: there is none, or (an UnreadableError) it cannot be read.
     """
     try:
         values = json.loads(path.read_text())
@@ -106,7 +110,7 @@ def read_table(path: Path) -> pd.DataFrame:
     """Read a table of numbers exactly as written (pandas' own reader may change a last bit).
 
     Raises:
-        TwofoldError: it is none.
+        TwofoldError: it is none, or (an UnreadableError) cannot be read.
     """
     try:
         with path.open(newline="") as file:
@@ -122,7 +126,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read tensors and metadata of a safetensors file; nothing in it is executed.
 
     Raises:
-        TwofoldError: it is none.
+        TwofoldError: it is none, or (an UnreadableError) cannot be read.
     """
     try:
         with safetensors.safe_open(path, framework="pt") as file:
@@ -148,4 +152,6 @@ def to_csv(rows: Sequence[Mapping[str, float]]) -> bytes:
 
 def _damaged(path: Path, error: Exception) -> TwofoldError:
     reason = (isinstance(error, OSError) and error.strerror) or f"{error}".partition("\n")[0]
+    if isinstance(error, OSError) and not isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError):
+        return UnreadableError(f"{path} cannot be read ({reason}). It stays as it is; remove it to have it made anew.")
     return TwofoldError(f"{path} is damaged: {reason}.")

@@ -16,7 +16,7 @@ import platform
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -35,6 +35,7 @@ from twofold.curvature.track import Tracker
 from twofold.errors import TwofoldError, TwofoldWarning
 from twofold.lab.config import RunConfig
 from twofold.lab.files import (
+    UnreadableError,
     checksum,
     make_room,
     read_json,
@@ -188,7 +189,7 @@ class RunDirectory:
             lock.acquire()
         except filelock.Timeout:
             return True
-        except OSError:  # whoever computes it will say
+        except (OSError, NotImplementedError):  # whoever computes it will say
             return False
         lock.release()
         return False
@@ -196,12 +197,20 @@ class RunDirectory:
     def result(self) -> Run | None:
         """The run if it is finished or diverged; None if it is to be computed.
 
-        A damaged result is told (a TwofoldWarning that names the file) and counts as none.
+        A damaged result, or that of another configuration, is told (a TwofoldWarning that names the file) and counts as
+        none.
+
+        Raises:
+            UnreadableError: a file is there and cannot be read.
         """
-        if not (self.path / _STATUS).exists():
+        if not self.has_status():
             return None
         try:
             run = load_run(self.path)
+            if run.config != self.config:
+                raise TwofoldError(f"{self.path / _CONFIG} is that of another run.")
+        except UnreadableError:
+            raise
         except TwofoldError as error:
             warnings.warn(f"{error} The run is computed anew.", TwofoldWarning, stacklevel=2)
             return None
@@ -233,19 +242,25 @@ class RunDirectory:
         """Keep what is needed to go on: tensors by name, and JSON values."""
         text = json.dumps(state)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        metadata = {"state": text, "sha256": _checksum(tensors, text)}
+        metadata = {"state": text, "sha256": _checksum(tensors, self.id + text)}
         # not durable: after a power cut the checksum tells, and the run starts over
         self._write(_CHECKPOINT, safetensors.torch.save(tensors, metadata), durable=False)
 
     def read_checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """What `write_checkpoint` kept; None if there is none, or (then told) if it is damaged."""
+        """What `write_checkpoint` kept; None if there is none, or (then told) if it is damaged or another run's.
+
+        Raises:
+            UnreadableError: it is there and cannot be read.
+        """
         path = self.path / _CHECKPOINT
         if not path.exists():
             return None
         try:
             tensors, metadata = read_tensors(path)
-            if metadata.get("sha256") != _checksum(tensors, metadata.get("state", "")):
-                raise TwofoldError(f"{path} is damaged: its checksum does not match.")
+            if metadata.get("sha256") != _checksum(tensors, self.id + metadata.get("state", "")):
+                raise TwofoldError(f"{path} is damaged, or that of another run: its checksum does not match.")
+        except UnreadableError:
+            raise
         except TwofoldError as error:
             warnings.warn(f"{error} The run starts over.", TwofoldWarning, stacklevel=2)
             return None
@@ -275,7 +290,12 @@ class RunDirectory:
         files = [_CONFIG, _METRICS, _WEIGHTS, *([_TRACKED] if tracker is not None else [])]
         record["sha256"] = {name: checksum(self.path / name) for name in files}
         self._write(_STATUS, to_json(record))
-        (self.path / _CHECKPOINT).unlink(missing_ok=True)
+        with suppress(OSError):  # the run is whole without
+            (self.path / _CHECKPOINT).unlink()
+
+    def has_status(self) -> bool:
+        """Whether it has been told what became of the run."""
+        return (self.path / _STATUS).exists()
 
     def fail(self, error: str) -> None:
         """Record that the run failed, and why; the next attempt goes on from its checkpoint."""
@@ -385,7 +405,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _environment(config: RunConfig) -> dict[str, Any]:
-    cuda = config.device.startswith("cuda")
+    cuda = config.device.startswith("cuda") and torch.cuda.is_available()
     return {
         "twofold": code_version(),
         "torch": torch.__version__,

@@ -9,13 +9,15 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from twofold.errors import TwofoldError, TwofoldWarning
 from twofold.lab import ranks
 from twofold.lab.config import RunConfig
 from twofold.lab.data import load
 from twofold.lab.files import UnwritableError
 from twofold.lab.places import Place, WorkerDiedError, find_place
-from twofold.lab.runs import BusyError, RunDirectory, prepare_output
+from twofold.lab.runs import BusyError, RunDirectory, code_version, prepare_output, run_id
 from twofold.lab.training import train
 
 Progress = Callable[[int, int, float | None], None]
@@ -218,15 +220,28 @@ def _give_up(task: _Task) -> _Outcome:
 
 
 def _work(compute: Compute, task: _Task, data_dir: Path | None) -> _Outcome:
+    directory = task.directory
+    if directory.id != run_id(directory.config):
+        raise TwofoldError(
+            f"the code or torch of this worker ({code_version()}, {torch.__version__}) is not that of the sweep; start "
+            "the sweep anew, with the same environment everywhere"
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", TwofoldWarning)  # a sweep varies on purpose what they warn about
             if ranks.launched() > 1:  # the ranks of a run agree among themselves on who waits for what
-                return _Outcome(compute(task.directory, data_dir))
-            with task.directory.lock(wait=task.wait):
-                if (run := task.directory.result()) is not None:
+                return _Outcome(compute(directory, data_dir))
+            with directory.lock(wait=task.wait):
+                if (run := directory.result()) is not None:
                     return _Outcome(run.status, found=True)
-                return _Outcome(compute(task.directory, data_dir))
+                try:
+                    return _Outcome(compute(directory, data_dir))
+                except (BusyError, UnwritableError):
+                    raise
+                except Exception:
+                    if not directory.has_status():
+                        directory.fail(traceback.format_exc())
+                    raise
     except BusyError:
         return _Outcome("busy")
     except UnwritableError as error:

@@ -25,7 +25,7 @@ from twofold.lab.building import build_backward, build_optimizer, build_regulari
 from twofold.lab.config import RunConfig
 from twofold.lab.data import Dataset, augment, load
 from twofold.lab.evaluation import build_tracker, evaluate, measure_curvature
-from twofold.lab.files import UnwritableError
+from twofold.lab.files import UnreadableError, UnwritableError
 from twofold.lab.loggers import Log, opened
 from twofold.lab.models import build
 from twofold.lab.runs import Row, RunDirectory
@@ -52,7 +52,7 @@ def train(
     and "frobenius_norm/<module>", the norm of a module's rows; and "activation/live_fraction", the fraction of
     activation inputs at which phi'' is not 0; with `fidelity_rho` also "fidelity/<curvature>/cosine" and
     ".../relative_error". They are missing where the curvature is not finite.
-    "regularizer/<name>" are its diagnostics in the last step.
+    "regularizer/<name>" are its diagnostics in the last step, "regularizer/skipped" counts those that were not finite.
 
     With `track_every` the curvature is followed step by step with `twofold.track`, in a table of its own in the run's
     directory: curvature.csv, `Run.tracked`; what that took is in status.json, `Run.tracking`.
@@ -67,7 +67,7 @@ def train(
 
     Raises:
         TwofoldError: the data cannot be had, parts of the configuration do not fit each other, there is no directory
-            to write what is tracked into, or it cannot be written to.
+            to write what is tracked into, it is that of another run, or it cannot be written to or read.
 
     Example:
         >>> from dataclasses import replace
@@ -79,6 +79,8 @@ def train(
     group = ranks.join(config.ranks, config.device)
     if directory is None and config.track_every:
         raise TwofoldError(f"RunConfig.track_every is {config.track_every}: pass directory=, where the table goes.")
+    if directory is not None and directory.config != config:
+        raise TwofoldError(f"{directory.path} is that of another run; make one of this: RunDirectory(out, config).")
     own = directory if rank(group) == 0 else None  # one rank writes; the others hear from it what is there
     with together(group), nullcontext() if own is None else own.lock():
         run = None if own is None else own.result()
@@ -86,14 +88,15 @@ def train(
             return metrics
         if own is not None:
             own.begin()
+        rows = None
         try:
             with opened(loggers if rank(group) == 0 else (), None if own is None else own.path, config) as log:
                 rows = _train(config, data_dir, own, progress=progress, log=log, group=group)
                 return pd.DataFrame(ranks.from_first(rows, group))
-        except UnwritableError:
-            raise  # no fault of this run, and there is nowhere to tell it
+        except (UnwritableError, UnreadableError, BrokenPipeError):
+            raise  # no fault of this run: nowhere to tell it, or nobody who reads
         except Exception:
-            if own is not None:
+            if own is not None and rows is None:  # a logger may fail after the run is finished
                 own.fail(traceback.format_exc())
             raise
 
@@ -138,6 +141,7 @@ def _train(
                 with suppress(NotFiniteError):  # a loss may be finite where its curvature is not
                     row |= measure_curvature(config, model, data.train)
             if regularizer is not None:
+                row["regularizer/skipped"] = float(regularizer.skipped)
                 row |= {f"regularizer/{name}": value for name, value in regularizer.diagnostics.items()}
             rows.append(row)
             log(row, step)
@@ -258,6 +262,8 @@ def _process_as_found(config: RunConfig) -> Iterator[Callable[[int], Any]]:
         raise TwofoldError(f"RunConfig.device is {config.device!r}, but torch sees no CUDA device here.")
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     with ExitStack() as stack:
+        if cuda:
+            stack.enter_context(torch.cuda.device(config.device))
         stack.enter_context(torch.random.fork_rng([torch.device(config.device)] if cuda else []))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())

@@ -3,9 +3,11 @@
 Read from its binary version or from its Python version, as archives or unpacked, or from pictures.
 """
 
+import gzip
 import io
 import pickle
 import tarfile
+import zlib
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -45,7 +47,7 @@ def load_source(data_dir: Path | None = None) -> Source:
                 if path.exists():
                     return _read(version, path, path.stat().st_mtime_ns)
     if (found := pictures.find("cifar10", data_dir)) is not None:
-        return _source(*(TensorPair(*found.in_memory(split, "RGB", 32)) for split in ("train", "test")))
+        return _source(*(TensorPair(*found.in_memory(split, "RGB", 32, num_classes=10)) for split in ("train", "test")))
     raise TwofoldError(_MISSING.format(places=", ".join(map(str, looked_in)) or "no directory: none was named"))
 
 
@@ -88,10 +90,12 @@ def _contents(version: _Version, path: Path, names: Sequence[str]) -> list[tuple
     try:
         if path.is_dir():
             return [(name, (path / name).read_bytes()) for name in names]
-        with tarfile.open(path) as archive:
+        with gzip.open(path) as packed:
+            content = packed.read()  # to its end, where its checksum is
+        with tarfile.open(fileobj=io.BytesIO(content)) as archive:
             members = [(name, archive.extractfile(f"{version.folder}/{name}")) for name in names]
             return [(name, b"" if member is None else member.read()) for name, member in members]
-    except (OSError, EOFError, KeyError, tarfile.TarError) as error:
+    except (OSError, EOFError, KeyError, zlib.error, tarfile.TarError) as error:
         raise TwofoldError(f"{path} is damaged or incomplete: {error}. Remove it and fetch it again.") from error
 
 

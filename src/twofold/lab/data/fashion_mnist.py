@@ -44,7 +44,7 @@ def load_source(data_dir: Path | None = None) -> Source:
     except TwofoldError:
         if (found := pictures.find("fashion-mnist", data_dir)) is None:
             raise
-        return _source(*(TensorPair(*found.in_memory(split, "L", 28)) for split in ("train", "test")))
+        return _source(*(TensorPair(*found.in_memory(split, "L", 28, num_classes=10)) for split in ("train", "test")))
     return _read(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths))
 
 

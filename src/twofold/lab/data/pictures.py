@@ -43,17 +43,20 @@ class PictureSet:
     splits: Mapping[str, tuple[Pictures, Tensor]]
     classes: tuple[str, ...]
 
-    def in_memory(self, split: str, mode: str, side: int) -> tuple[Tensor, Tensor]:
+    def in_memory(self, split: str, mode: str, side: int, num_classes: int) -> tuple[Tensor, Tensor]:
         """All pictures of a split as bytes [N, channels, side, side], and the labels.
 
         Args:
             split: "train" or "test".
             mode: of Pillow: "RGB", or "L" for grey.
             side: the size that every picture must have.
+            num_classes: how many classes there may be.
 
         Raises:
-            TwofoldError: a picture has another size or cannot be decoded.
+            TwofoldError: there are more classes; a picture has another size or cannot be decoded.
         """
+        if len(self.classes) > num_classes:
+            raise TwofoldError(f"{self.place} has {len(self.classes)} classes; expected {num_classes}.")
         stored, targets = self.splits[split]
         images = torch.empty(len(targets), len(mode), side, side, dtype=torch.uint8)
         for i in range(len(targets)):
@@ -99,7 +102,7 @@ class _Files:
             with PIL.Image.open(self.paths[i]) as picture:
                 picture.load()
                 return picture
-        except (OSError, SyntaxError, ValueError) as error:
+        except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
             raise TwofoldError(f"{self.paths[i]} cannot be decoded: {error}.") from error
 
 

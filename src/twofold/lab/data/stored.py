@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from twofold.errors import TwofoldError
 from twofold.lab.seeding import derive_seed
 
 if TYPE_CHECKING:
@@ -109,14 +110,20 @@ class StoredImages:
             generator=torch.Generator(),  # otherwise it draws from the global one
         )
         mean, std = (torch.tensor(x, device=self.device).view(3, 1, 1) for x in (self.pixel_mean, self.pixel_std))
-        for images, targets in loader:
+        for decoded in loader:
+            if isinstance(decoded, TwofoldError):
+                raise decoded
+            images, targets = decoded
             pixels = images.to(self.device, non_blocking=cuda)
             yield (pixels.float() / 255 - mean) / std, targets.to(self.device, non_blocking=cuda)
 
 
 @dataclass(frozen=True)
 class _Decoded:
-    """What the loader's processes read: one example as uint8 pixels and a label."""
+    """What the loader's processes read: one example as uint8 pixels and a label, or why it cannot be read.
+
+    An error that is raised in such a process would come out buried in a traceback.
+    """
 
     examples: StoredImages
     crop_seed: int | None
@@ -124,8 +131,11 @@ class _Decoded:
     def __len__(self) -> int:
         return len(self.examples.targets)
 
-    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        picture, size = self.examples.pictures[int(self.examples.rows[i])].convert("RGB"), self.examples.size
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor] | TwofoldError:
+        try:
+            picture, size = self.examples.pictures[int(self.examples.rows[i])].convert("RGB"), self.examples.size
+        except TwofoldError as error:
+            return error
         if self.crop_seed is None:
             picture = centre(picture, size)
         else:
@@ -167,7 +177,10 @@ def centre(picture: "Image", size: int) -> "Image":
     return picture.resize((width, height), Resampling.BILINEAR).crop((left, top, left + size, top + size))
 
 
-def _stacked(examples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def _stacked(examples: list[tuple[Tensor, Tensor] | TwofoldError]) -> tuple[Tensor, Tensor] | TwofoldError:
+    for example in examples:
+        if isinstance(example, TwofoldError):
+            return example
     images, targets = zip(*examples, strict=True)
     return torch.stack(images), torch.stack(targets)
 

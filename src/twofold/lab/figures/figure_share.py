@@ -92,7 +92,7 @@ def layers_of(table: pd.DataFrame) -> dict[str, Share]:
     """The share in each layer's rows, from the first to the last."""
     names = dict.fromkeys(name for metrics in table["metrics"] for name in metrics.columns if name.startswith(_ROWS))
     modules = [name.removeprefix(_ROWS) for name in names if not name.endswith("_stderr")]
-    return {f"layer {module}": _of_gauss_newton("nme", f"frobenius_norm/{module}") for module in modules}
+    return {f"NME, layer {module}": _of_gauss_newton("nme", f"frobenius_norm/{module}") for module in modules}
 
 
 def numbers(table: pd.DataFrame) -> pd.DataFrame:

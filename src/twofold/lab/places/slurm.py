@@ -85,7 +85,7 @@ class Slurm:
                 jobs = dict(self._waiting)
             queued = _queued()
             for job, (outer, seen) in jobs.items():
-                if job.paths.result_pickle.exists():
+                if _is_there(job.paths.result_pickle):
                     self._finish(job, outer)
                 elif queued is None or job.job_id in queued:
                     with self._changed:
@@ -107,6 +107,13 @@ class Slurm:
             outer.set_result(value)
         else:
             outer.set_exception(RuntimeError(value))
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a shared file system may lose a file for a moment
+        return False
 
 
 def _options(text: str) -> dict[str, Any]:

@@ -141,7 +141,7 @@ def reproduce(
     record = {
         "command": reproduction.command,
         "scale": reproduction.scale,
-        "data": list(reproduction.data or find_scale(reproduction.scale).default_data),
+        "data": list(dict.fromkeys(data for name in reproduction.figures for data in reproduction.data_of(name))),
         "figures": {name: [run_id(config) for config in of_figure] for name, of_figure in configs.items()},
     }
     write_whole(Path(out) / RECORD, to_json(record))
@@ -205,7 +205,9 @@ def _read_record(path: Path) -> dict[str, Any]:
         record = json.loads(path.read_text())
         shapes = {"command": str, "scale": str, "data": list, "figures": dict}
         wrong = [name for name, kind in shapes.items() if not isinstance(record[name], kind)]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        lists = {"data": record["data"], **record["figures"]}.items()
+        wrong += [name for name, of in lists if not all(isinstance(item, str) for item in of)]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise TwofoldError(f"{path} is damaged ({error!r}). {again}") from error
     if wrong:
         raise TwofoldError(f"{path} is damaged (at {', '.join(wrong)}). {again}")
