@@ -16,6 +16,7 @@ from typing import Any
 from twofold.lab.figures import find_figure
 
 DOCS = Path(__file__).parent
+KINDS = ("shows", "does not show", "opposite", "undecided")
 BEGIN, END = "<!-- cpu verdicts -->", "<!-- end of cpu verdicts -->"
 
 
@@ -42,12 +43,16 @@ def lines(record: Mapping[str, Any], verdicts: Sequence[Mapping[str, Any]]) -> I
     counts = Counter(verdict["verdict"] for verdict in verdicts)
     runs = len({name for of_figure in record["figures"].values() for name in of_figure})
     command = re.sub(r" --(out|workers|data-dir|place)[ =]\S+", "", record["command"])
-    yield f"{len(verdicts)} verdicts from {runs} runs: " + ", ".join(
-        f"{counts[name]} {name}" for name in ("shows", "does not show", "opposite", "undecided")
-    )
+    yield f"{len(verdicts)} verdicts from {runs} runs: " + ", ".join(f"{counts[kind]} {kind}" for kind in KINDS)
     yield f"(`{command}`)."
     yield "Effects are in points of accuracy or in percent, positive as the finding claims, with 95 % intervals; rules"
     yield "and all numbers are in [verdicts.csv](reproduction/verdicts.csv)."
+    yield ""
+    yield "| figure | " + " | ".join(KINDS) + " |"
+    yield "|---" * (1 + len(KINDS)) + "|"
+    for name in record["figures"]:
+        of_figure = Counter(verdict["verdict"] for verdict in verdicts if verdict["figure"] == name)
+        yield "| " + " | ".join([name, *(str(of_figure[kind] or "") for kind in KINDS)]) + " |"
     for name in record["figures"]:
         figure = find_figure(name)
         yield ""
@@ -56,6 +61,10 @@ def lines(record: Mapping[str, Any], verdicts: Sequence[Mapping[str, Any]]) -> I
         yield f"![{figure.title}](reproduction/{figure.stem}.svg)"
         yield ""
         yield f"{figure.caption} Numbers: [{figure.stem}.csv](reproduction/{figure.stem}.csv)."
+        yield ""
+        yield "What differs from the paper:"
+        yield ""
+        yield from (f"* {sentence}" for sentence in figure.differs)
         yield ""
         yield "| finding | data | verdict | effect | seeds | diverged |"
         yield "|---|---|---|---|---|---|"

@@ -53,7 +53,9 @@ def test_every_verdict_is_in_the_table_of_its_figure(published):
     assert committed.endswith(after)
     assert "2 verdicts from 3 runs: 1 shows, 0 does not show, 0 opposite, 1 undecided" in table
     assert "(`twofold reproduce --scale cpu`)" in table
+    assert "| 1 |  |  |  | 1 |\n| share | 1 |  |  |  |\n" in table
     first, second = table.split("### Beyond the paper, share")
+    assert "* The paper has no such figure." in second
     assert "| **undecided** | – | 10 | 0 |" in first
     assert r"| \|\|NME\|\| falls | mnist1d | **shows** | +12.3 [+10.0, -3.2] | 10 | 0 |" in second
     assert "(reproduction/figure-share.csv)" in second

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -98,6 +99,28 @@ def test_killed_two_ranks_go_on_with_the_same_bits(tmp_path):
     assert_same_weights(whole, killed)
     statistics = [name for name in load_model(whole.path)[0].state_dict() if "running" in name]
     assert statistics
+
+
+def test_ranks_end_with_the_torchrun_that_was_killed(tmp_path):
+    config = replace(SIGNALS, ranks=2, epochs=100_000)
+    with subprocess.Popen(script("train", tmp_path, tmp_path, config), stdout=subprocess.PIPE, text=True) as process:
+        process.stdout.readline()
+        started = ranks_of(process.pid)
+        process.kill()
+    end = time.monotonic() + 30
+    while any(is_running(rank) for rank in started):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    with RunDirectory(tmp_path, config).lock(wait=False):
+        pass
+
+
+def is_running(process: int) -> bool:
+    """Whether it is there and no zombie."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_the_command_line_under_torchrun_speaks_once(tmp_path):

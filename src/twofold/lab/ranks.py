@@ -12,6 +12,7 @@ from torch import distributed as dist
 
 from twofold.distributed import agree, gathered, rank, world_size
 from twofold.errors import TwofoldError
+from twofold.lab.orphans import end_with
 from twofold.regularizers.ranks import Ranks
 from twofold.types import ProcessGroup
 
@@ -44,6 +45,7 @@ def join(ranks: int, device: str) -> ProcessGroup:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if cuda else "gloo", timeout=_PATIENCE)
         atexit.register(_leave)
+        end_with(os.getppid())
     if not dist.is_initialized() or dist.get_world_size() != ranks:
         there = dist.get_world_size() if dist.is_initialized() else launched()
         raise TwofoldError(

@@ -86,19 +86,18 @@ def train(
         run = None if own is None else own.result()
         if (metrics := ranks.from_first(None if run is None else run.metrics, group)) is not None:
             return metrics
-        if own is not None:
-            own.begin()
-        rows = None
-        try:
-            with opened(loggers if rank(group) == 0 else (), None if own is None else own.path, config) as log:
+        with opened(loggers if rank(group) == 0 else (), None if own is None else own.path, config) as log:
+            if own is not None:
+                own.begin()
+            try:
                 rows = _train(config, data_dir, own, progress=progress, log=log, group=group)
-                return pd.DataFrame(ranks.from_first(rows, group))
-        except (UnwritableError, UnreadableError, BrokenPipeError):
-            raise  # no fault of this run: nowhere to tell it, or nobody who reads
-        except Exception:
-            if own is not None and rows is None:  # a logger may fail after the run is finished
-                own.fail(traceback.format_exc())
-            raise
+            except (UnwritableError, UnreadableError, BrokenPipeError):
+                raise  # no fault of this run: nowhere to tell it, or nobody who reads
+            except Exception:
+                if own is not None:
+                    own.fail(traceback.format_exc())
+                raise
+            return pd.DataFrame(ranks.from_first(rows, group))
 
 
 def _train(

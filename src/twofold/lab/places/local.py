@@ -6,7 +6,6 @@ import importlib
 import os
 import signal
 import tempfile
-import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -19,6 +18,7 @@ import filelock
 import loky
 import torch
 
+from twofold.lab.orphans import end_with
 from twofold.lab.places import ONE_THREAD, WorkerDiedError
 
 # loky starts another worker in its place; a run that was lost is told of by the sweep
@@ -78,7 +78,7 @@ def _start_worker(parent: int, shared_gpus: tuple[str, int, int] | None) -> None
         folder, slots, gpus = shared_gpus
         os.environ["CUDA_VISIBLE_DEVICES"] = _visible(_claim(Path(folder), slots) % gpus)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    end_with(parent)
     importlib.import_module("twofold.lab.sweep")
     gc.freeze()  # loky collects garbage after every run; looking through all that is imported took a tenth of a second
 
@@ -109,10 +109,3 @@ def _visible(gpu: int) -> str:
     """What CUDA_VISIBLE_DEVICES is to be for one of the GPUs that this machine, or this job, may use."""
     allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
     return allowed.split(",")[gpu] if allowed else str(gpu)
-
-
-def _end_with(parent: int) -> None:
-    """Without this, the worker of a killed sweep would go on with its run and keep the next sweep waiting for it."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
