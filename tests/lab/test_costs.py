@@ -38,7 +38,7 @@ def test_steps_cost_what_the_benchmark_found():
         measured = {(row["model"], row["method"]): float(row["time"]) for row in csv.DictReader(file)}
     for kind, row in ROWS.items():
         for name, method in METHODS.items():
-            assert STEPS[kind][name] == pytest.approx(measured[row, method], rel=0.25), (kind, name)
+            assert STEPS[kind][name] == pytest.approx(measured[row, method], rel=0.05), (kind, name)
 
 
 def test_published_sizes_are_those_of_the_data(tmp_path):

@@ -43,13 +43,13 @@ SPEEDS: Mapping[str, Speed] = {
 }
 
 STEPS: Mapping[str, Mapping[str, float]] = {
-    "mlp": {"sam": 2.7, "gradient_penalty": 3.3, "gauss_newton_trace": 2.9, "hessian_trace": 3.7, "weight_noise": 1.8},
-    "conv": {"sam": 2.0, "gradient_penalty": 3.6, "gauss_newton_trace": 3.6, "hessian_trace": 5.1, "weight_noise": 1.0},
+    "mlp": {"sam": 2.3, "gradient_penalty": 3.4, "gauss_newton_trace": 3.0, "hessian_trace": 3.6, "weight_noise": 1.7},
+    "conv": {"sam": 2.0, "gradient_penalty": 3.9, "gauss_newton_trace": 3.8, "hessian_trace": 5.6, "weight_noise": 1.0},
     "transformer": {
         "sam": 2.1,
         "gradient_penalty": 3.4,
         "gauss_newton_trace": 3.5,
-        "hessian_trace": 5.3,
+        "hessian_trace": 5.5,
         "weight_noise": 1.2,
     },
 }
