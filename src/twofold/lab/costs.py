@@ -56,7 +56,9 @@ STEPS: Mapping[str, Mapping[str, float]] = {
 """A step of each regularizer in plain steps, as benchmarks/results/steps.csv has it ("conv" is its WideResNet)."""
 
 _SWITCHED = 1.25  # a step with another phi'' in one with the activation's own
-_GRADIENT, _PRODUCTS = 3, 9  # in forward passes: a gradient; H v, GN v and NME v together
+_EXACT_TRACE = 10.0  # a step with a penalty on an exact trace, of a small multilayer perceptron
+_GRADIENT, _PRODUCTS = 3, 10  # in forward passes: a gradient; products with GN and both parts of the NME together
+_ESTIMATES = 3  # traces, norms, and norms by module, each with probes of its own
 
 
 def step_cost(config: RunConfig) -> float:
@@ -66,6 +68,8 @@ def step_cost(config: RunConfig) -> float:
     known = STEPS.get(config.model.name, STEPS["conv"])
     if regularizer.name == "none":
         return 1.0
+    if regularizer.name == "exact_trace":
+        return _EXACT_TRACE
     if regularizer.name == "look_sam":
         return 1 + (known["sam"] - 1) / int(options.get("interval") or LookSAM.interval)
     cost = known.get(regularizer.name, known["sam"] if regularizer.name.endswith("sam") else max(known.values()))
@@ -84,7 +88,7 @@ def seconds(config: RunConfig) -> float:
         steps = min(steps, config.max_steps)
     epochs = math.ceil(steps / steps_per_epoch)
     measured = 2 + epochs // config.curvature_every if config.curvature_every else 0
-    products = measured * 2 * config.curvature_matvecs
+    products = measured * _ESTIMATES * config.curvature_matvecs
     examples = (
         _GRADIENT * step_cost(config) * steps * min(config.batch_size, config.data.num_train)
         + (epochs + 1) * _evaluated(config)
