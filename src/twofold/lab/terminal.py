@@ -91,7 +91,7 @@ def table(title: str, columns: Sequence[str]) -> Table:
 
 def verdict_table(verdicts: "Sequence[Verdict]") -> Table:
     """One row for each finding and data set."""
-    found = table("Effects in points (percent) with 95 % intervals, positive as the paper claims", ("finding",))
+    found = table("Effects in points (percent) with 95 % intervals, positive as the finding claims", ("finding",))
     found.padding = (0, 1, 1, 0)
     found.add_column("verdict", no_wrap=True)
     for name in ("effect", "seeds", "div."):
