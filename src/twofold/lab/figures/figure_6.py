@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pandas as pd
+from matplotlib.ticker import SymmetricalLogLocator
 
 from twofold.lab.config import RunConfig
 from twofold.lab.figures import style
@@ -126,6 +127,9 @@ def draw(table: pd.DataFrame, columns: int = 3) -> matplotlib.figure.Figure:
             style.hover(panel, rows["step"], rows[name], texts)
         panel.axhline(0, color=style.INK, linewidth=1)
         panel.set_yscale("symlog", linthresh=10)
+        few = SymmetricalLogLocator(base=10, linthresh=10)
+        few.set_params(numticks=9)
+        panel.yaxis.set_major_locator(few)
         panel.set_title(f"{name}, {LABELS[activation]}")
         panel.set_xlabel("step")
         panel.set_ylabel(data)
