@@ -207,24 +207,6 @@ def test_a_status_that_says_nothing_is_damage(directory, content):
         load_run(directory.path)
 
 
-@pytest.mark.parametrize("damage", [cut, garble, blank], ids=lambda damage: damage.__name__)
-def test_a_damaged_checkpoint_is_told_and_the_run_starts_over(tmp_path, damage):
-    directory = RunDirectory(tmp_path, SMALL)
-
-    def stop(row):
-        if row["epoch"] == 1:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(SMALL, directory=directory, progress=stop)
-    damage(directory.path / "checkpoint.safetensors")
-    computed = []
-    with pytest.warns(TwofoldWarning, match=r"checkpoint\.safetensors(.|\n)*starts over"):
-        metrics = train(SMALL, directory=directory, progress=computed.append)
-    assert len(computed) == 3
-    assert metrics.equals(train(SMALL))
-
-
 def interrupted(out, config):
     """A run that was stopped after its first epoch."""
     directory = RunDirectory(out, config)
@@ -236,6 +218,17 @@ def interrupted(out, config):
     with pytest.raises(KeyboardInterrupt):
         train(config, directory=directory, progress=stop)
     return directory
+
+
+@pytest.mark.parametrize("damage", [cut, garble, blank], ids=lambda damage: damage.__name__)
+def test_a_damaged_checkpoint_is_told_and_the_run_starts_over(tmp_path, damage):
+    directory = interrupted(tmp_path, SMALL)
+    damage(directory.path / "checkpoint.safetensors")
+    computed = []
+    with pytest.warns(TwofoldWarning, match=r"checkpoint\.safetensors(.|\n)*starts over"):
+        metrics = train(SMALL, directory=directory, progress=computed.append)
+    assert len(computed) == 3
+    assert metrics.equals(train(SMALL))
 
 
 def test_the_checkpoint_of_another_run_is_not_taken(tmp_path):

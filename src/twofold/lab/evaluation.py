@@ -59,7 +59,7 @@ PREDICTORS: Mapping[str, CurvatureOf] = {
     **CURVATURES,
     **{f"hessian_gaussian_{beta}": second_derivative(gaussian(beta=beta)) for beta in (2, 100)},
 }
-"""What fidelity is measured of: what `twofold.fidelity` takes, and H with a synthetic phi'' for their own."""
+"""What fidelity is measured of: what `twofold.fidelity` takes, and H with two synthetic phi''."""
 
 
 def measure_curvature(config: RunConfig, model: nn.Module, examples: Examples) -> Row:

@@ -52,7 +52,7 @@ def train(
     and "frobenius_norm/<module>", the norm of a module's rows; and "activation/live_fraction", the fraction of
     activation inputs at which phi'' is not 0; with `fidelity_rho` also "fidelity/<curvature>/cosine" and
     ".../relative_error". They are missing where the curvature is not finite.
-    "regularizer/<name>" are its diagnostics in the last step, "regularizer/skipped" counts those that were not finite.
+    "regularizer/<name>" are its diagnostics in the last step, "regularizer/skipped" counts its gradients not finite.
 
     With `track_every` the curvature is followed step by step with `twofold.track`, in a table of its own in the run's
     directory: curvature.csv, `Run.tracked`; what that took is in status.json, `Run.tracking`.
