@@ -257,6 +257,16 @@ def test_penalised_trace_runs_negative(nme, expected):
     assert one(found, "tr GN lower").verdict == "does not show"
 
 
+def test_traces_before_training_judge_no_run():
+    def epochs(config):
+        found = traces(lambda config: (200.0, -3000.0 if config.regularizer.name == "hessian_trace" else 0.0))(config)
+        return found.where(found["step"].eq(0) | (config.seed > 100)).assign(step=found["step"])
+
+    judged = {v.finding: v for v in find_figure(6).verdicts(table_with(6, epochs=epochs), QUICK)}
+    assert one(judged, "runs to negative").seeds == 2
+    assert one(judged, "runs to negative").effect == pytest.approx(100 * 2800 / 3200)
+
+
 def test_the_table_of_traces_has_the_accuracies():
     table = find_figure(6).numbers(table_with(6, epochs=traces(lambda config: (200.0, -50.0))))
     assert table["train"].unique().tolist() == [10.0, 50.0]

@@ -332,12 +332,18 @@ def test_the_listings_bell_is_narrower_than_that_of_the_equation():
         assert found.item() == pytest.approx(2 / math.sqrt(2 * math.pi) * value)
 
 
-def test_gradients_that_were_not_finite_are_counted():
+def test_a_gradient_that_is_not_finite_ends_the_run_and_what_is_finite_is_measured(tmp_path):
+    config = replace(SMALL, regularizer=RegularizerConfig("sam", 1e30), curvature_every=100, curvature_probe=16)
+    directory = RunDirectory(tmp_path, config)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        metrics = train(replace(SMALL, regularizer=RegularizerConfig("sam", 1e30)))
-    assert metrics["regularizer/skipped"].tolist() == metrics["step"].tolist()
-    assert train(replace(SMALL, regularizer=RegularizerConfig("sam", 0.1)))["regularizer/skipped"].eq(0).all()
+        metrics = train(config, directory=directory)
+    run = load_run(directory.path)
+    assert run.status == "diverged"
+    assert metrics["step"].tolist() == [0, 0]
+    assert metrics["train/loss"].map(math.isfinite).all()
+    assert metrics["curvature/hessian/trace"].notna().all()
+    assert train(config, directory=directory).equals(metrics)
 
 
 def test_options_that_do_not_fit_are_told():

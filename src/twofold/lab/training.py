@@ -43,7 +43,7 @@ def train(
 ) -> pd.DataFrame:
     """Train as `config` says and return the metrics: one row an epoch, from epoch 0 (before training) on.
 
-    A loss that becomes infinite or NaN ends the run there; that is a result, with status "diverged".
+    A loss or a gradient that becomes infinite or NaN ends the run there; that is a result, with status "diverged".
 
     Columns: epoch, step, lr; loss and accuracy (from 0 to 1) as "train/loss", "validation/accuracy", ..., where train
     has the noisy labels that are trained on, and at most its first 10000 examples, which are random ones. Where
@@ -51,8 +51,8 @@ def train(
     rest, quantity is along_gradient (g'Ag / g'g), trace or frobenius_norm, the latter two with "_stderr" beside them,
     and "frobenius_norm/<module>", the norm of a module's rows; and "activation/live_fraction", the fraction of
     activation inputs at which phi'' is not 0; with `fidelity_rho` also "fidelity/<curvature>/cosine" and
-    ".../relative_error". They are missing where the curvature is not finite.
-    "regularizer/<name>" are its diagnostics in the last step, "regularizer/skipped" counts its gradients not finite.
+    ".../relative_error". A run that diverged is measured once more where it ended. They are missing where the
+    curvature is not finite. "regularizer/<name>" are its diagnostics in the last step.
 
     With `track_every` the curvature is followed step by step with `twofold.track`, in a table of its own in the run's
     directory: curvature.csv, `Run.tracked`; what that took is in status.json, `Run.tracking`.
@@ -136,11 +136,10 @@ def _train(
             row = {"epoch": epoch, "step": step, "lr": optimizer.param_groups[0]["lr"], **found}
             finite = math.isfinite(row["train/loss"]) and not diverged
             every = config.curvature_every
-            if finite and every and (epoch % every == 0 or epoch == num_epochs):
+            if every and (epoch % every == 0 or epoch == num_epochs or not finite):
                 with suppress(NotFiniteError):  # a loss may be finite where its curvature is not
                     row |= measure_curvature(config, model, data.train)
             if regularizer is not None:
-                row["regularizer/skipped"] = float(regularizer.skipped)
                 row |= {f"regularizer/{name}": value for name, value in regularizer.diagnostics.items()}
             rows.append(row)
             log(row, step)
@@ -176,7 +175,7 @@ def _train(
                 with _autocast(config):
                     batch = (augment(config.data.augmentation, _laid_out(config, inputs)), targets)
                     loss = ranks.mean(float(backward(model, F.cross_entropy, batch)), group)
-                if not math.isfinite(loss):
+                if not math.isfinite(loss) or (regularizer is not None and regularizer.skipped):
                     diverged = True
                     break
                 optimizer.step()

@@ -1,6 +1,6 @@
 """Figure 7: loss and ||NME|| over the two weights of a hidden layer, one datum, for GELU, beta-GELU and ReLU.
 
-Nothing is trained. One datum is drawn a seed, from 100 on; the rule was fixed before they were looked at.
+Nothing is trained. One datum is drawn a seed; the rule was fixed before they were looked at.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CAPTION = (
 
 DIFFERS = (
     "The paper does not give its network and datum. Here x, y, a and b are standard normal, drawn anew for each seed; "
-    "the drawing shows the first.",
+    "the drawing shows that of seed 100.",
     "The NME is that of the two weights that are varied.",
     "It is the same at every scale and for every data set; scales differ in the number of data.",
 )

@@ -33,8 +33,8 @@ LINES = {
 CAPTION = (
     "Share of activation inputs at which phi'' of beta-GELU is not 0 (in float32: |beta h| below 13 or so), before "
     "training and after training with SGD and with PSAM at rho = 0.1, on 256 training examples in eval mode. Points "
-    "are means over seeds, bars are 95 % intervals. A run that diverged was not measured after training; a hollow "
-    "marker lacks such runs."
+    "are means over seeds, bars are 95 % intervals. A run that diverged is measured where it ended, unless its "
+    "weights are not finite; a hollow marker has such runs."
 )
 
 DIFFERS = (
@@ -61,7 +61,7 @@ def live(table: pd.DataFrame, method: str, when: str) -> pd.DataFrame:
 
 
 def _measured(metrics: pd.DataFrame, when: str) -> float:
-    """NaN where it was not measured, as after a run that diverged."""
+    """NaN where it was not measured, as where a run ended with weights that are not finite."""
     if KEY not in metrics:
         return math.nan
     trained = metrics["step"] > 0
