@@ -5,7 +5,6 @@ Run: python docs/publish_reproduction.py DIR, with what `twofold reproduce --sca
 
 import csv
 import json
-import re
 import shutil
 import sys
 from collections import Counter
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from twofold.lab.figures import find_figure
+from twofold.lab.report.reproduction import command_of
 
 DOCS = Path(__file__).parent
 KINDS = ("shows", "does not show", "opposite", "undecided")
@@ -42,9 +42,8 @@ def lines(record: Mapping[str, Any], verdicts: Sequence[Mapping[str, Any]]) -> I
     """Markdown: how many findings show, the command, and a table for each figure."""
     counts = Counter(verdict["verdict"] for verdict in verdicts)
     runs = len({name for of_figure in record["figures"].values() for name in of_figure})
-    command = re.sub(r" --(out|workers|data-dir|place)[ =]\S+", "", record["command"])
     yield f"{len(verdicts)} verdicts from {runs} runs: " + ", ".join(f"{counts[kind]} {kind}" for kind in KINDS)
-    yield f"(`{command}`)."
+    yield f"(`{command_of(record)}`)."
     yield "Effects are in points of accuracy or in percent, positive as the finding claims, with 95 % intervals; rules"
     yield "and all numbers are in [verdicts.csv](reproduction/verdicts.csv)."
     yield ""

@@ -108,6 +108,14 @@ def test_errors_are_one_clear_line(run, tmp_path, line, said):
     assert (tmp_path / "file").read_text() == "kept"
 
 
+def test_a_run_that_diverges_is_told(run):
+    line = "train mnist1d --regularizer sam --strength 1e30 --epochs 1 --out out"
+    for start in ("diverged: out", "already there, diverged: out"):
+        code, out, err = run(line)
+        assert (code, err) == (0, "")
+        assert out.splitlines()[-1].startswith(start)
+
+
 @pytest.mark.parametrize("line", ["reproduce --scale huge", "unknown", "train", "train mnist1d --seed x", "report"])
 def test_wrong_usage(run, line):
     code, out, err = run(line)
@@ -126,6 +134,7 @@ def test_missing_data_is_refused_before_any_run(run, tmp_path, monkeypatch):
         assert code == 2
         assert "twofold data fetch fashion-mnist" in err
         assert not list(tmp_path.glob("out/runs/*"))
+    assert run("data fetch imagenet")[0] == 1
     code, out, _ = run("data list")
     assert code == 0
     assert "mnist1d: ready, 4000 training" in out

@@ -35,7 +35,7 @@ def published(tmp_path):
     for name in ("1", "share"):
         for ending in ("csv", "svg", "png"):
             (found / "figures" / f"figure-{name}.{ending}").write_text(name)
-    record = {"command": "twofold reproduce --scale cpu --out /a/b --workers 2", "scale": "cpu", "data": ["mnist1d"]}
+    record = {"scale": "cpu", "data": ["mnist1d"], "ranks": 1, "code": "x"}
     record["figures"] = {"1": ["a", "b"], "share": ["b", "c"]}
     (found / "reproduction.json").write_text(json.dumps(record))
     (found / "verdicts.json").write_text(json.dumps([UNKNOWN, VERDICT]))
@@ -52,7 +52,7 @@ def test_every_verdict_is_in_the_table_of_its_figure(published):
     assert committed.startswith(before)
     assert committed.endswith(after)
     assert "2 verdicts from 3 runs: 1 shows, 0 does not show, 0 opposite, 1 undecided" in table
-    assert "(`twofold reproduce --scale cpu`)" in table
+    assert "(`twofold reproduce 1 share --scale cpu --data mnist1d`)" in table
     assert "| 1 |  |  |  | 1 |\n| share | 1 |  |  |  |\n" in table
     first, second = table.split("### Beyond the paper, share")
     assert "* The paper has no such figure." in second

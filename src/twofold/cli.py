@@ -5,7 +5,6 @@ The only place that prints. Results go to stdout, progress and errors to stderr.
 
 import io
 import os
-import shlex
 import signal
 import sys
 import threading
@@ -140,6 +139,7 @@ def train(
     """
     from twofold.lab.config import RegularizerConfig
     from twofold.lab.data import load
+    from twofold.lab.ranks import is_first
     from twofold.lab.runs import RunDirectory, prepare_output
     from twofold.lab.training import train as train_run
 
@@ -161,7 +161,9 @@ def train(
     metrics = train_run(config, data_dir=_data_dir(data_dir), directory=directory, progress=tell, loggers=log)
     if reused:
         tell(metrics.iloc[-1].to_dict())
-    print(f"{'already there' if reused else 'done'}: {directory.path}")
+    run = directory.result() if is_first() else None
+    told = ["already there"] * reused + ["diverged"] * (run is not None and run.status == "diverged")
+    print(f"{', '.join(told) or 'done'}: {directory.path}")
 
 
 def sweep(
@@ -241,7 +243,7 @@ def reproduce(
 
     Args:
         figures: numbers, or names of those beyond the paper; none: all.
-        scale: smoke (under a minute), quick (minutes), cpu (hours) or paper (GPUs).
+        scale: smoke (under a minute), quick (minutes), cpu (an hour or two) or paper (GPUs).
         data: one data set.
         data_dir: where data files lie.
         out: where everything goes and is found again.
@@ -253,8 +255,7 @@ def reproduce(
     from twofold.lab.report import reproduce as run_reproduction
     from twofold.lab.terminal import sweep_progress, verdict_table
 
-    command = shlex.join(["twofold", *(argument for argument in sys.argv[1:] if argument != "--debug")])
-    reproduction = plan(figures, scale, data, command, gpu=place == "local" and not dry_run)
+    reproduction = plan(figures, scale, data, gpu=place == "local" and not dry_run)
     if dry_run:
         return _tell_costs(reproduction, out)
     with sweep_progress() as progress:
@@ -340,7 +341,7 @@ def data(
     /,
     *,
     data_dir: DataDir = None,
-) -> None:
+) -> int:
     """List the data sets, or fetch some.
 
     Args:
@@ -354,6 +355,7 @@ def data(
         data_dir.mkdir(parents=True, exist_ok=True)
     place = _data_dir(data_dir)
     chosen = {name: _choose("data set", name, DATA_SETS) for name in names or DATA_SETS}
+    missing = False
     for name, load_source in chosen.items():
         if action == "fetch":
             fetch(name, place)
@@ -362,6 +364,8 @@ def data(
             print(f"{name}: ready, {len(source.train.targets)} training and {len(source.test.targets)} test examples")
         except TwofoldError as error:
             print(f"{name}: {error}")
+            missing = True
+    return int(action == "fetch" and bool(names) and missing)
 
 
 def _recipe(name: str) -> "RunConfig":

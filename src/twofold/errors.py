@@ -13,7 +13,7 @@ class NotFiniteError(TwofoldError):
 
 
 class TwofoldWarning(UserWarning):
-    """The result is right, but it may not mean what the caller hopes."""
+    """What the caller should know: a result may not mean what was hoped, or something was left out or done anew."""
 
 
 NOT_A_BATCH = """\

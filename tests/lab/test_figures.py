@@ -11,6 +11,7 @@ from twofold.errors import TwofoldError
 from twofold.lab.figures import curves, figure_names, find_figure, select_figures, style
 from twofold.lab.figures.figure_1 import FINDINGS, RHO
 from twofold.lab.figures.scales import SCALES, find_scale
+from twofold.lab.figures.verdicts import Finding, judge
 from twofold.lab.runs import run_id
 
 TRACKING, EQUAL_RHO, OWN_BEST, BELOW_SGD = (finding.text for finding in FINDINGS)
@@ -97,6 +98,10 @@ def test_best_strength_is_chosen_on_validation_only():
     runs = table_of(FIGURE, QUICK, accuracy)
     runs = runs[runs["model.activation"] == "relu"]
     assert curves.best_strength(runs[runs["regularizer.name"] == "sam"]) == min(RHO["quick"])
+    of_sam = runs["regularizer.name"] == "sam"
+    lacking = of_sam & (runs["regularizer.strength"] == 0.2)
+    runs.loc[lacking, "validation/accuracy"] = runs["seed"].map({100: 0.99})  # of the others there is no result
+    assert curves.best_strength(runs[of_sam]) == min(RHO["quick"])
     assert math.isnan(curves.best_strength(runs[runs["regularizer.name"] == "none"]))
     assert math.isnan(curves.best_strength(runs[:0]))
 
@@ -183,6 +188,14 @@ def test_diverged_runs_count_as_they_are_and_are_told():
     assert after.effect - before.effect == pytest.approx((50 - 6) / 4 / 3, abs=0.2)
     numbers = FIGURE.numbers(table)
     assert numbers["diverged"].sum() == 1
+
+
+def test_a_diverged_run_behind_a_condition_is_told():
+    runs = pd.DataFrame({"data.name": "mnist1d", "seed": [100, 101, 102], "status": "finished", "x": [1.0, 1.1, 1.2]})
+    finding = Finding("f", "r", lambda runs: pd.Series([1.0, 1.1, 1.2]), 0.1, condition=lambda runs: runs["x"])
+    assert [verdict.diverged for verdict in judge([finding], runs, QUICK, "1")] == [0]
+    runs.loc[1, "status"] = "diverged"
+    assert [verdict.diverged for verdict in judge([finding], runs, QUICK, "1")] == [1]
 
 
 def test_a_seed_with_a_failed_run_is_left_out():

@@ -8,7 +8,7 @@ import pytest
 
 from lab.synthetic import noise, table_of
 from twofold.lab.figures import find_figure, style
-from twofold.lab.figures.along_training import at_end, at_start, measurements, over_time
+from twofold.lab.figures.along_training import at_end, at_start, measurements, numbers_by_step, over_time
 from twofold.lab.figures.scales import find_scale
 
 QUICK = find_scale("quick")
@@ -124,12 +124,33 @@ def test_share_and_mechanism_measure_the_same_runs():
 
 def test_measurements_that_are_not_finite_do_not_count():
     metrics = pd.DataFrame({"step": [0, 1, 2], "x": [1.0, 3.0, math.inf]})
-    runs = pd.DataFrame({"seed": [100], "metrics": [metrics]})
+    runs = pd.DataFrame({"seed": [100], "status": ["finished"], "metrics": [metrics]})
     quantities = {"x": lambda found: found["x"]}
     assert len(measurements(runs, quantities)) == 2
     assert at_start(runs, quantities)["x"].tolist() == [1.0]
     assert at_end(runs, quantities)["x"].tolist() == [3.0]
     assert over_time(runs, quantities)["x"].tolist() == [2.0]
+
+
+def test_a_run_counts_once_at_a_step_and_as_diverged_where_it_was_measured():
+    whole = pd.DataFrame({"step": [0, 1, 2], "x": [1.0, 2.0, 3.0]})
+    ended = pd.DataFrame({"step": [0, 1, 1], "x": [1.0, 2.0, 4.0]})  # the first step of an epoch made it diverge
+    runs = pd.DataFrame({"seed": [100, 101], "status": ["finished", "diverged"], "metrics": [whole, ended]})
+    quantities = {"x": lambda found: found["x"]}
+    rows = pd.DataFrame(numbers_by_step(runs, quantities))
+    assert rows[["step", "seeds", "diverged", "x"]].values.tolist() == [[0, 2, 1, 1.0], [1, 2, 1, 3.0], [2, 1, 0, 3.0]]
+    assert over_time(runs, quantities)["x"].tolist() == [2.0, 2.5]
+
+
+@pytest.mark.parametrize("name", ["6", "9", "mechanism", "share"])
+@pytest.mark.parametrize("status", ["failed", "diverged"])
+def test_figures_without_a_measurement_are_drawn(name, status):
+    figure = find_figure(name)
+    table = table_of(figure, QUICK, lambda config, split: 50.0).assign(status=status)
+    table["metrics"] = [pd.DataFrame() for _ in range(len(table))]
+    assert {verdict.verdict for verdict in figure.verdicts(table, QUICK)} == {"undecided"}
+    with style.applied():
+        assert style.to_svg(figure.draw(table, 3))
 
 
 def verdicts_of(name, accuracy):

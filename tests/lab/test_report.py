@@ -227,7 +227,7 @@ def files_of(out):
 
 
 def test_reproduction_from_end_to_end_twice(tiny, tmp_path):
-    asked = plan(("1",), "smoke", command="twofold reproduce 1 --scale smoke")
+    asked = plan(("1",), "smoke")
     report, runs = reproduce(asked, tmp_path, workers=1)
     assert (len(runs.finished), runs.reused, runs.failed) == (10, 0, {})
     first = files_of(tmp_path)
@@ -260,13 +260,13 @@ def test_reproduction_from_end_to_end_twice(tiny, tmp_path):
 
 def test_the_name_of_a_directory_is_no_code_and_need_be_no_text(tiny, tmp_path):
     out = tmp_path / os.fsdecode(b"\xff<script>\"']]>&amp;")
-    asked = plan(("1",), "smoke", command=f"twofold reproduce --out {out}")
+    asked = plan(("1",), "smoke")
     report, _ = reproduce(asked, out, workers=1)
     for _ in range(2):
         page = Page(report.page.read_text())
         assert page.open == []
         assert page.count["script"] == 1
-        assert page.text.count("<script>\"']]>&amp;") >= 1
+        assert page.text.count("<script>\"'") >= 1
         report = write_report(out)
 
 
@@ -284,6 +284,25 @@ def test_other_runs_in_the_directory_change_nothing(tiny, tmp_path, monkeypatch)
     assert files_of(tmp_path) == first
 
 
+def test_figures_of_several_commands_share_a_page(tiny, tmp_path):
+    def reproduced(*figures, data=None):
+        report, _ = reproduce(plan(figures, "smoke", data), tmp_path, workers=1)
+        told = [verdict.to_dict() for verdict in report.verdicts]
+        assert told == json.loads((tmp_path / "verdicts.json").read_text())
+        commands = re.findall(r"<code>(twofold .*?)</code>", report.page.read_text())
+        return list(dict.fromkeys(verdict.figure for verdict in report.verdicts)), commands
+
+    place = f"--scale smoke --out {tmp_path}"
+    assert reproduced("10") == (["10"], [f"twofold reproduce 10 {place}"] * 2)
+    assert reproduced("7") == (["7", "10"], [f"twofold reproduce {names} {place}" for names in ("7", "10", "7 10")])
+    place = place.replace("--out", "--data mnist1d --out")  # asked for otherwise: a page of its own
+    assert reproduced("10", data="mnist1d") == (["10"], [f"twofold reproduce 10 {place}"] * 2)
+    assert reproduced("7", data="mnist1d")[0] == ["7", "10"]
+    for run in (tmp_path / "runs").iterdir():
+        (run / "status.json").unlink()
+    assert reproduced("7", data="mnist1d")[0] == ["7"]
+
+
 def test_plans_refuse_before_anything_runs(monkeypatch):
     with pytest.raises(TwofoldError, match="no figure '99'"):
         plan((99,))
@@ -291,6 +310,8 @@ def test_plans_refuse_before_anything_runs(monkeypatch):
         plan((), "huge")
     with pytest.raises(TwofoldError, match="does not run 'imagenet'"):
         plan((), "quick", "imagenet")
+    with pytest.raises(TwofoldError, match="does not run 'nonsense'"):
+        plan(("7",), "quick", "nonsense")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(TwofoldError, match="CUDA"):
         plan((), "paper")
@@ -317,17 +338,23 @@ def test_report_of_what_is_no_reproduction(tmp_path):
     with pytest.raises(TwofoldError, match="holds no reproduction"):
         write_report(tmp_path)
     record = tmp_path / "reproduction.json"
-    for text in ("{", "[]", '{"command": 1}', '{"command": "x", "scale": "smoke", "data": [], "figures": []}'):
+    whole = {"scale": "smoke", "data": None, "ranks": 1, "code": "x", "figures": {"7": []}}
+    of_svhn = {"data": ["svhn"], "figures": {"1": ["0123"]}}
+    for change in ({"scale": 1}, {"scale": "huge"}, {"data": [1]}, of_svhn, {"figures": []}, {"code": None}):
+        record.write_text(json.dumps({**whole, **change}))
+        with pytest.raises(TwofoldError, match="damaged"):
+            write_report(tmp_path)
+    for text in ("{", "[]", '{"scale": "smoke"}'):
         record.write_text(text)
         with pytest.raises(TwofoldError, match="damaged"):
             write_report(tmp_path)
-    for ids in ("[5]", "[[7]]", "5", "null"):
-        record.write_text(f'{{"command": "x", "scale": "smoke", "data": [], "figures": {{"1": {ids}}}}}')
+    for ids in ([5], [[7]], 5, None, []):
+        record.write_text(json.dumps({**whole, "figures": {"1": ids}}))
         with pytest.raises(TwofoldError, match="damaged"):
             write_report(tmp_path)
     record.write_text("[" * 100_000)
     with pytest.raises(TwofoldError, match="damaged"):
         write_report(tmp_path)
-    record.write_text('{"command": "x", "scale": "smoke", "data": [], "figures": {"1": ["0123"]}}')
-    with pytest.raises(TwofoldError, match="0123"):
+    record.write_text(json.dumps({**whole, "figures": {"1": ["0123"]}}))
+    with pytest.raises(TwofoldError, match=r"0123.*twofold reproduce 1 --scale smoke --out"):
         write_report(tmp_path)

@@ -11,6 +11,7 @@ import pytest
 from twofold.errors import TwofoldError
 from twofold.lab import runs
 from twofold.lab.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig
+from twofold.lab.files import UnreadableError
 from twofold.lab.runs import RunDirectory, load_run, load_runs, run_id
 from twofold.lab.sweep import compute, sweep
 from twofold.lab.training import train
@@ -73,6 +74,15 @@ def test_a_run_that_fails_before_it_begins_is_recorded(tmp_path):
     result = sweep(CONFIGS[:1], tmp_path, workers=1, compute=nothing)
     assert result.failed == {IDS[0]: "ValueError: on purpose"}
     assert "on purpose" in load_run(tmp_path / "runs" / IDS[0]).error
+
+
+def test_a_file_that_cannot_be_read_stops_the_sweep_and_blames_no_run(tmp_path):
+    def unreadable(directory, data_dir):
+        raise UnreadableError("metrics.csv cannot be read (too many open files).")
+
+    with pytest.raises(UnreadableError, match="too many open files"):
+        sweep(CONFIGS[:1], tmp_path, workers=1, compute=unreadable)
+    assert not (tmp_path / "runs" / IDS[0] / "status.json").exists()
 
 
 def test_a_worker_with_other_code_is_refused(tmp_path, monkeypatch):

@@ -346,6 +346,29 @@ def test_a_gradient_that_is_not_finite_ends_the_run_and_what_is_finite_is_measur
     assert train(config, directory=directory).equals(metrics)
 
 
+@pytest.mark.parametrize("name", ["none", "exact_trace"])
+def test_a_gradient_that_is_not_finite_ends_a_run_without_a_regularizer_object(name, monkeypatch):
+    config = replace(SMALL, model=ModelConfig(width=8, depth=2))
+    config = replace(config, regularizer=RegularizerConfig(name, 0.1 if name == "exact_trace" else 0.0))
+    built = training.build_backward
+
+    def spoiled(*arguments):
+        backward, steps = built(*arguments), iter(range(100))
+
+        def spoil(model, loss_fn, batch):
+            loss = backward(model, loss_fn, batch)
+            if next(steps) == 2:
+                next(model.parameters()).grad[0] = math.inf
+            return loss
+
+        return spoil
+
+    monkeypatch.setattr(training, "build_backward", spoiled)
+    metrics = train(config)
+    assert metrics["step"].iloc[-1] == 2
+    assert math.isfinite(metrics["train/loss"].iloc[-1])
+
+
 def test_options_that_do_not_fit_are_told():
     config = replace(SMALL, regularizer=RegularizerConfig("sam", 0.1, {"radius": 2}))
     with pytest.raises(TwofoldError, match=r"options do not fit sam.*radius"):
@@ -405,7 +428,9 @@ def test_a_loss_that_is_finite_where_its_curvature_is_not_goes_on(monkeypatch):
         raise NotFiniteError("phi'' is NaN")
 
     monkeypatch.setattr(training, "measure_curvature", overflow)
-    assert train(config).equals(plain)
+    found = train(config)
+    assert found[plain.columns].equals(plain)
+    assert set(found) - set(plain) == {"activation/live_fraction"}
 
 
 def test_measuring_curvature_does_not_change_the_training():

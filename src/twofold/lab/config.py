@@ -4,6 +4,7 @@ A recipe is a function that returns a RunConfig; a variant changes fields of it 
 """
 
 import math
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -235,7 +236,12 @@ class RegularizerConfig(_Config):
             plain = isinstance(value, str | int | float | bool | None)
             if not isinstance(name, str) or not plain or (isinstance(value, float) and not math.isfinite(value)):
                 raise self._refuse("options", came, "names with text, finite numbers, True, False or None as values")
-        object.__setattr__(self, "options", tuple(sorted(options.items())))
+        # so that 1 and 1.0, and gaussian:2 and gaussian:2.0, are the same run
+        whole = {n: int(v) for n, v in options.items() if isinstance(v, float) and v.is_integer() and abs(v) < 2**53}
+        object.__setattr__(self, "options", tuple(sorted({**options, **whole}.items())))
+        if self.bell is not None and self.bell[0] != "0":
+            kind, beta = self.bell
+            object.__setattr__(self, "second_derivative", f"{kind}:{repr(beta).removesuffix('.0')}")
 
     @property
     def bell(self) -> tuple[str, float] | None:
@@ -320,13 +326,15 @@ class RunConfig(_Config):
         self._flag("compile")
         if self.ranks > self.batch_size:
             raise self._refuse("ranks", self.ranks, f"at most the {self.batch_size} examples of a batch")
+        if self.ranks > self.data.num_train:
+            raise self._refuse("ranks", self.ranks, f"at most the {self.data.num_train} training examples")
         if self.fidelity_rho and not self.curvature_every:
             raise self._refuse(
                 "fidelity_rho", self.fidelity_rho, "0 where curvature_every is 0: it says when to measure"
             )
         if self.warmup_epochs > self.epochs:
             raise self._refuse("warmup_epochs", self.warmup_epochs, f"at most the {self.epochs} epochs of the run")
-        if not isinstance(self.device, str) or self.device.partition(":")[0] not in ("cpu", "cuda"):
+        if not isinstance(self.device, str) or not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
             raise self._refuse("device", self.device, '"cpu", "cuda" or "cuda:N"')
 
     def to_dict(self) -> dict[str, Any]:
@@ -361,7 +369,7 @@ _PARTS: dict[str, Any] = {
 
 
 def mnist1d() -> RunConfig:
-    """Setting M1D: MNIST-1D with 30 % label noise, MLP 40-64x4-10, 800 steps of SGD with cosine decay."""
+    """MNIST-1D with 30 % label noise, MLP 40-64x4-10, 800 steps of SGD with cosine decay."""
     return RunConfig(
         data=DataConfig(name="mnist1d", num_train=4000, num_validation=500, label_noise=0.3),
         model=ModelConfig(name="mlp", width=64, depth=4, activation="gelu"),
@@ -372,7 +380,7 @@ def mnist1d() -> RunConfig:
 
 
 def fashion_mnist() -> RunConfig:
-    """Setting FM: 2000 Fashion-MNIST images of 14x14 with 40 % label noise, MLP 196-100x3-10, 40 epochs."""
+    """2000 Fashion-MNIST images of 14x14 with 40 % label noise, MLP 196-100x3-10, 40 epochs."""
     return replace(
         mnist1d(),
         data=DataConfig(name="fashion-mnist", num_train=2000, num_validation=2000, label_noise=0.4, pool=2),
@@ -382,7 +390,7 @@ def fashion_mnist() -> RunConfig:
 
 
 def transformer() -> RunConfig:
-    """Setting M1D on a transformer: 2 blocks of width 32 over 10 patches, AdamW with warm-up and cosine decay."""
+    """MNIST-1D on a transformer: 2 blocks of width 32 over 10 patches, AdamW with warm-up and cosine decay."""
     return replace(
         mnist1d(),
         model=ModelConfig(name="transformer", width=32, depth=2, activation="gelu", norm="layer"),

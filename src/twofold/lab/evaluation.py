@@ -38,7 +38,7 @@ def evaluate(model: nn.Module, data: Dataset, group: ProcessGroup = None) -> Row
         if name == "train":
             count = min(count, MOST_TRAINING_EXAMPLES)
         loss, correct = 0.0, 0
-        for x, y in examples.batches(torch.arange(rank(group), count, world_size(group)).split(_BATCH)):
+        for x, y in examples.batches(torch.arange(count)[rank(group) :: world_size(group)].split(_BATCH)):
             outputs = model(x)
             loss += float(F.cross_entropy(outputs, y, reduction="sum"))
             correct += int((outputs.argmax(1) == y).sum())
@@ -62,17 +62,27 @@ PREDICTORS: Mapping[str, CurvatureOf] = {
 """What fidelity is measured of: what `twofold.fidelity` takes, and H with two synthetic phi''."""
 
 
+def measure_live_fraction(config: RunConfig, model: nn.Module, examples: Examples) -> Row:
+    """The live fraction of phi'' on the first `curvature_probe` of the examples, in eval mode.
+
+    Raises:
+        NotFiniteError: phi'' is NaN somewhere.
+    """
+    batch = first_batch(examples, config.curvature_probe)
+    return {"activation/live_fraction": live_fraction(model, batch, mode="eval")}
+
+
 def measure_curvature(config: RunConfig, model: nn.Module, examples: Examples) -> Row:
     """Traces and norms of H, GN and NME and of the NME's parts, also along the gradient and by module; fidelity.
 
-    All on the first `curvature_probe` of the examples, in eval mode, with the live fraction of phi''.
+    All on the first `curvature_probe` of the examples, in eval mode.
 
     Raises:
         NotFiniteError: the loss, phi'' or a product is NaN or infinite.
     """
     batch = first_batch(examples, config.curvature_probe)
     curvature = Curvature(model, F.cross_entropy, batch, mode="eval")
-    row: Row = {"activation/live_fraction": live_fraction(model, batch, mode="eval")}
+    row: Row = {}
 
     def note(key: str, estimate: Estimate) -> None:
         row.update({key: estimate.value, f"{key}_stderr": estimate.stderr})

@@ -83,7 +83,7 @@ class ExactTracePenalty:
     """
 
     strength: float
-    matrix: Literal["hessian", "gauss_newton"]
+    matrix: Literal["hessian", "gauss_newton"] = "hessian"
 
     def __post_init__(self) -> None:
         if self.matrix not in ("hessian", "gauss_newton"):

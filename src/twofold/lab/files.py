@@ -5,6 +5,7 @@ import errno
 import io
 import json
 import os
+import secrets
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -49,7 +50,7 @@ def write_whole(path: Path, content: bytes, *, durable: bool = False) -> None:
     Raises:
         UnwritableError: it cannot be written; then nothing has changed.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:

@@ -75,7 +75,7 @@ class Run:
     Attributes:
         id: its name, a hash of what makes it what it is.
         config: what was run.
-        status: "finished", "diverged" (its loss became infinite or NaN: a result) or "failed".
+        status: "finished", "diverged" (its loss or a gradient became infinite or NaN: a result) or "failed".
         metrics: one row an epoch; empty for a failed run.
         final: the last row of `metrics`.
         path: its directory.

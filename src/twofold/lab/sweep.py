@@ -15,7 +15,7 @@ from twofold.errors import TwofoldError, TwofoldWarning
 from twofold.lab import ranks
 from twofold.lab.config import RunConfig
 from twofold.lab.data import load
-from twofold.lab.files import UnwritableError
+from twofold.lab.files import UnreadableError, UnwritableError
 from twofold.lab.places import Place, WorkerDiedError, find_place
 from twofold.lab.runs import BusyError, RunDirectory, code_version, prepare_output, run_id
 from twofold.lab.training import train
@@ -35,7 +35,7 @@ class SweepResult:
 
     Attributes:
         finished: ids of the finished runs, in the order of the configurations.
-        diverged: ids of those whose loss became infinite or NaN: results, with metrics.
+        diverged: ids of those whose loss or a gradient became infinite or NaN: results, with metrics.
         failed: id -> error of those that raised, or whose process died twice; the traceback is in their status.json.
         reused: how many of the finished and diverged were there before, or came from another sweep meanwhile.
     """
@@ -57,7 +57,10 @@ class _Task:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What a worker says of its task: a run's status, "busy" or "unwritable"; `found`: it was there already."""
+    """What a worker says of its task: a run's status, "busy", "unwritable" or "unreadable".
+
+    `found`: it was there already.
+    """
 
     status: str
     error: str = ""
@@ -189,6 +192,8 @@ def _run_all(
                 continue
             if outcome.status == "unwritable":
                 raise UnwritableError(outcome.error)
+            if outcome.status == "unreadable":
+                raise UnreadableError(outcome.error)
             if outcome.status == "busy":
                 (again if task.again else waiting).append(replace(task, wait=True))
             else:
@@ -236,7 +241,7 @@ def _work(compute: Compute, task: _Task, data_dir: Path | None) -> _Outcome:
                     return _Outcome(run.status, found=True)
                 try:
                     return _Outcome(compute(directory, data_dir))
-                except (BusyError, UnwritableError):
+                except (BusyError, UnwritableError, UnreadableError):
                     raise
                 except Exception:
                     if not directory.has_status():
@@ -246,6 +251,8 @@ def _work(compute: Compute, task: _Task, data_dir: Path | None) -> _Outcome:
         return _Outcome("busy")
     except UnwritableError as error:
         return _Outcome("unwritable", str(error))
+    except UnreadableError as error:
+        return _Outcome("unreadable", str(error))
     except Exception as error:
         return _Outcome("failed", "".join(traceback.format_exception_only(error)).strip())
 

@@ -98,7 +98,7 @@ def verdict_table(verdicts: "Sequence[Verdict]") -> Table:
         found.add_column(name, justify="right", no_wrap=True)
     for v in verdicts:
         verdict = f"[{_COLOURS[v.verdict]}]{v.verdict}[/]"
-        effect = f"{v.effect:+.1f} [{v.low:+.1f}, {v.high:+.1f}]"
+        effect = f"{v.effect:+.1f} [{v.low:+.1f}, {v.high:+.1f}]".replace("+nan", "–")
         found.add_row(escape(f"{v.finding}, {v.data}"), verdict, escape(effect), str(v.seeds), str(v.diverged))
     return found
 

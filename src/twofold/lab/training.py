@@ -7,6 +7,7 @@ killed goes on from the last epoch's checkpoint and ends with the same weights, 
 import math
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
@@ -19,17 +20,18 @@ import torch.nn.functional as F
 from torch import nn
 
 from twofold.distributed import rank, together
-from twofold.errors import NotFiniteError, TwofoldError
+from twofold.errors import NotFiniteError, TwofoldError, TwofoldWarning
 from twofold.lab import checkpoint, ranks
 from twofold.lab.building import build_backward, build_optimizer, build_regularizer
 from twofold.lab.config import RunConfig
 from twofold.lab.data import Dataset, augment, load
-from twofold.lab.evaluation import build_tracker, evaluate, measure_curvature
+from twofold.lab.evaluation import build_tracker, evaluate, measure_curvature, measure_live_fraction
 from twofold.lab.files import UnreadableError, UnwritableError
 from twofold.lab.loggers import Log, opened
 from twofold.lab.models import build
 from twofold.lab.runs import Row, RunDirectory
 from twofold.lab.seeding import derive_generator, derive_seed
+from twofold.regularizers import Regularizer
 from twofold.types import ProcessGroup
 
 
@@ -51,8 +53,9 @@ def train(
     rest, quantity is along_gradient (g'Ag / g'g), trace or frobenius_norm, the latter two with "_stderr" beside them,
     and "frobenius_norm/<module>", the norm of a module's rows; and "activation/live_fraction", the fraction of
     activation inputs at which phi'' is not 0; with `fidelity_rho` also "fidelity/<curvature>/cosine" and
-    ".../relative_error". A run that diverged is measured once more where it ended. They are missing where the
-    curvature is not finite. "regularizer/<name>" are its diagnostics in the last step.
+    ".../relative_error". Where curvature is measured, a run that diverged is measured once more where it
+    ended. These columns are missing where the curvature is not finite. "regularizer/<name>" are its diagnostics in the
+    last step.
 
     With `track_every` the curvature is followed step by step with `twofold.track`, in a table of its own in the run's
     directory: curvature.csv, `Run.tracked`; what that took is in status.json, `Run.tracking`.
@@ -137,8 +140,9 @@ def _train(
             finite = math.isfinite(row["train/loss"]) and not diverged
             every = config.curvature_every
             if every and (epoch % every == 0 or epoch == num_epochs or not finite):
-                with suppress(NotFiniteError):  # a loss may be finite where its curvature is not
-                    row |= measure_curvature(config, model, data.train)
+                for measure in (measure_live_fraction, measure_curvature):
+                    with suppress(NotFiniteError):  # a loss may be finite where its curvature is not
+                        row |= measure(config, model, data.train)
             if regularizer is not None:
                 row |= {f"regularizer/{name}": value for name, value in regularizer.diagnostics.items()}
             rows.append(row)
@@ -175,8 +179,8 @@ def _train(
                 with _autocast(config):
                     batch = (augment(config.data.augmentation, _laid_out(config, inputs)), targets)
                     loss = ranks.mean(float(backward(model, F.cross_entropy, batch)), group)
-                if not math.isfinite(loss) or (regularizer is not None and regularizer.skipped):
-                    diverged = True
+                diverged = not math.isfinite(loss) or not _has_finite_gradient(optimizer, regularizer)
+                if diverged:
                     break
                 optimizer.step()
                 step += 1
@@ -220,6 +224,13 @@ def _autocast(config: RunConfig) -> torch.autocast:
     """Around each step and each evaluation; a cache of cast weights would outlive the step that changes them."""
     kind = config.device.partition(":")[0]
     return torch.autocast(kind, torch.bfloat16, enabled=config.precision == "bfloat16", cache_enabled=False)
+
+
+def _has_finite_gradient(optimizer: torch.optim.Optimizer, regularizer: Regularizer | None) -> bool:
+    if regularizer is not None:
+        return not regularizer.skipped  # what is not finite it does not hand on
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return bool(torch.nn.utils.get_total_norm(gradients, math.inf).isfinite())
 
 
 def _if_not_first(group: ProcessGroup) -> tuple[int, ...]:
@@ -267,6 +278,8 @@ def _process_as_found(config: RunConfig) -> Iterator[Callable[[int], Any]]:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast(config.device.partition(":")[0], enabled=False))
         stack.enter_context(reproducible_convolutions())
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", ".* the gradient is not finite", TwofoldWarning)  # the run's status tells
         stack.callback(torch.set_num_threads, threads)
         stack.callback(torch.set_default_dtype, dtype)
         torch.set_num_threads(config.threads)

@@ -38,7 +38,8 @@ class EigenSAM(SAM):
             gradient.
         alpha: how far the step is turned; 0 is SAM.
         interval: find v anew every so many steps. Steps are those of the attached optimiser, see `attach`.
-        params, microbatches, share_masks, generator: as in `Regularizer`; of several micro-batches the first gives v.
+        params, microbatches, share_masks, generator, group, ascent: as in `Regularizer`; of several micro-batches the
+            first gives v.
 
     Raises:
         TwofoldError: an argument is out of range, or the model has an operation without a second derivative.

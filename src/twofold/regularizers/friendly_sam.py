@@ -25,7 +25,7 @@ class FriendlySAM(SAM):
         rho: length of the step uphill; a number, by pattern or by step as in `SAM`. 0 gives the plain gradient.
         subtract: s, how much of the average is taken out; 0 is SAM.
         decay: lam, how long the average remembers, 0 <= lam < 1.
-        params, interval, microbatches, share_masks, generator: as in `Regularizer`.
+        params, interval, microbatches, share_masks, generator, group, ascent: as in `Regularizer`.
 
     Raises:
         TwofoldError: an argument is out of range.

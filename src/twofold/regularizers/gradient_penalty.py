@@ -37,7 +37,7 @@ class GradientPenalty(Regularizer):
         method: "exact" or "finite_difference".
         radius: length of the step of a finite difference, in the weights' own units.
         params: whose gradient is penalised: norm and C run over these; the others get their plain gradient.
-        interval, microbatches, share_masks, generator: as in `Regularizer`.
+        interval, microbatches, share_masks, generator, group, ascent: as in `Regularizer`.
 
     Raises:
         TwofoldError: an argument is out of range, or the model has an operation without a second derivative.

@@ -23,7 +23,7 @@ class LookSAM(SAM):
         rho: length of the step uphill; a number, by pattern or by step as in `SAM`. 0 gives the plain gradient.
         alpha: length of the reused part, in units of ||g||; 0 hands on g between.
         interval: k. Steps are those of the attached optimiser, see `attach`.
-        params, microbatches, share_masks, generator: as in `Regularizer`.
+        params, microbatches, share_masks, generator, group, ascent: as in `Regularizer`.
 
     Raises:
         TwofoldError: an argument is out of range.

@@ -39,7 +39,7 @@ class SAM(Regularizer):
         rho: length of the step uphill, in the weights' own units; 0 gives the plain gradient. A mapping such as
             {"*.bias": 0.0, "*": 0.05} gives each parameter the rho of the first pattern that matches its name, the
             norm being over all chosen parameters still; a function gives rho for step 0, 1, ... (see `attach`).
-        params, interval, microbatches, share_masks, generator: as in `Regularizer`.
+        params, interval, microbatches, share_masks, generator, group, ascent: as in `Regularizer`.
 
     Raises:
         TwofoldError: rho is negative or not finite, or no pattern matches a parameter.
@@ -122,7 +122,7 @@ class USAM(SAM):
     Args:
         rho: factor of the gradient, in units of a learning rate; 0 gives the plain gradient. Start at 0.05.
             By pattern or by step as in `SAM`.
-        params, interval, microbatches, share_masks, generator: as in `Regularizer`.
+        params, interval, microbatches, share_masks, generator, group, ascent: as in `Regularizer`.
 
     Raises:
         TwofoldError: rho is negative or not finite.
@@ -153,7 +153,7 @@ class ASAM(SAM):
         rho: length of the step in units of the weights, ||T^-1 e|| = rho; about ten times that of SAM. 0 gives the
             plain gradient. By pattern or by step as in `SAM`.
         eta: keeps weights of zero movable.
-        params, interval, microbatches, share_masks, generator: as in `Regularizer`.
+        params, interval, microbatches, share_masks, generator, group, ascent: as in `Regularizer`.
 
     Raises:
         TwofoldError: rho or eta is negative or not finite.

@@ -25,7 +25,7 @@ class GSAM(SAM):
         rho: length of the step uphill; a number, by pattern or by step as in `SAM` (the paper lets it fall with the
             learning rate). 0 gives the plain gradient.
         alpha: weight of the gap; 0 is SAM.
-        params, interval, microbatches, share_masks, generator: as in `Regularizer`.
+        params, interval, microbatches, share_masks, generator, group, ascent: as in `Regularizer`.
 
     Raises:
         TwofoldError: rho or alpha is negative or not finite.

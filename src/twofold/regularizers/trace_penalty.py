@@ -37,7 +37,7 @@ class HessianTrace(Regularizer):
         num_probes: how many probes are averaged.
         method: "exact" or "difference".
         params: the trace is that of these parameters' block of H; all parameters descend its gradient.
-        interval, microbatches, share_masks, generator: as in `Regularizer`.
+        interval, microbatches, share_masks, generator, group, ascent: as in `Regularizer`.
 
     Raises:
         TwofoldError: an argument is out of range, or the model has an operation without a second derivative.
@@ -148,7 +148,7 @@ class GaussNewtonTrace(Regularizer):
         estimator: "labels" as above, for torch's cross-entropy, BCE-with-logits and MSE; "hutchinson" takes
             v'GNv = (J v)' H_z (J v) with Rademacher v, for any loss.
         params: the trace is that of these parameters' block of GN; all parameters descend its gradient.
-        interval, microbatches, share_masks, generator: as in `Regularizer`.
+        interval, microbatches, share_masks, generator, group, ascent: as in `Regularizer`.
 
     Raises:
         TwofoldError: an argument is out of range, the model has an operation without a second derivative, or the loss

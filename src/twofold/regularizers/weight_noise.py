@@ -29,7 +29,7 @@ class WeightNoise(Regularizer):
             the first dimension, or the whole of a vector (Bisla et al. 2022, arXiv 2201.08025); "multiplicative":
             sigma |w|.
         antithetic: follow each draw e by -e, so that what is odd in e cancels: the mean has no noise of first order.
-        params, interval, microbatches, share_masks, generator: as in `Regularizer`.
+        params, interval, microbatches, share_masks, generator, group, ascent: as in `Regularizer`.
 
     Raises:
         TwofoldError: sigma is negative or not finite, num_samples is no positive integer, or a choice is unknown.

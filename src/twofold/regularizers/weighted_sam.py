@@ -29,7 +29,7 @@ class WSAM(SAM):
         gamma: weight of the sharpness, 0 <= gamma < 1.
         decoupled: move by the sharpness apart from the optimiser, as the paper does; it needs `attach(optimizer)`
             (`SharpnessAware` attaches by itself). Clipping of .grad does not reach that move.
-        params, interval, microbatches, share_masks, generator: as in `Regularizer`.
+        params, interval, microbatches, share_masks, generator, group, ascent: as in `Regularizer`.
 
     Raises:
         TwofoldError: an argument is out of range; from backward, where decoupled=True and nothing is attached.

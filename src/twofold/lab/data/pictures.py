@@ -183,4 +183,9 @@ def _from_hugging_face(place: Path) -> PictureSet:
             raise TwofoldError(f"{place} has columns {rows.features}; expected one of images and one of class labels.")
         splits[split] = (_Column(rows.select_columns([image]), image, place), torch.tensor(rows[label][:]))
         classes[split] = tuple(rows.features[label].names)
+    if classes["train"] != classes["test"]:
+        raise TwofoldError(f"The names of the classes of {place} are others, or in another order, in {tested}.")
+    for split, (_, labels) in splits.items():
+        if len(labels) and int(labels.min()) < 0:
+            raise TwofoldError(f"{place} has no labels for some pictures of {split}; take a split that has them all.")
     return PictureSet(place, splits, classes["train"])

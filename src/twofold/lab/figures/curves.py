@@ -92,9 +92,12 @@ def at_strength(table: pd.DataFrame, strength: float) -> pd.Series:
 def best_strength(runs: pd.DataFrame) -> float:
     """The strength above 0 with the highest mean validation accuracy, the smaller of equals; NaN where there is none.
 
-    It is the same for all seeds, and no test example has a say in it.
+    It is the same for all seeds, and no test example has a say in it. Strengths that more seeds lack than others do not
+    count: their means would be over other seeds.
     """
-    means = accuracy(runs, "validation").drop(columns=0.0, errors="ignore").mean().dropna()
+    found = accuracy(runs, "validation").drop(columns=0.0, errors="ignore")
+    counts = found.count()
+    means = found.loc[:, counts.eq(counts.max()) & counts.gt(0)].mean()
     return float(means.idxmax()) if len(means) else math.nan
 
 

@@ -34,7 +34,7 @@ CAPTION = (
     "Share of activation inputs at which phi'' of beta-GELU is not 0 (in float32: |beta h| below 13 or so), before "
     "training and after training with SGD and with PSAM at rho = 0.1, on 256 training examples in eval mode. Points "
     "are means over seeds, bars are 95 % intervals. A run that diverged is measured where it ended, unless its "
-    "weights are not finite; a hollow marker has such runs."
+    "weights are not finite; a hollow marker has diverged runs behind it."
 )
 
 DIFFERS = (
@@ -76,7 +76,8 @@ def numbers(table: pd.DataFrame) -> pd.DataFrame:
         for (method, when), (label, _) in LINES.items():
             for beta, percent in live(of_data, method, when).items():
                 chosen = of_method(of_data, method)
-                diverged = num_diverged(chosen[chosen[AXIS] == beta]) if when == "after" else 0
+                behind = chosen[(chosen[AXIS] == beta) & chosen["seed"].isin(percent.dropna().index)]
+                diverged = num_diverged(behind) if when == "after" else 0
                 row = {"data": data, "curve": label, "beta": beta, "seeds": percent.count(), "diverged": diverged}
                 rows.append(row | interval_columns("live", percent))
     return pd.DataFrame(rows)

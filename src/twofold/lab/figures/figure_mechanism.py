@@ -46,7 +46,8 @@ CAPTION = (
     f"rho = {RHO:g} on 256 training examples along training with plain SGD: relative error and cosine, in percent, for "
     "the Hessian as C, the Hessian with phi'' := 0, the Hessian with a synthetic phi'' in the place of the "
     "activations' own (the bell of figure 3), and GN. At an error of 100 % a gradient penalty with that "
-    "curvature is no better than none. Lines are means over seeds, bands are 95 % intervals."
+    "curvature is no better than none. Lines are means over seeds, bands are 95 % intervals, cut "
+    "at 140 %."
 )
 
 SMALLEST = 5.0
@@ -91,7 +92,8 @@ def draw(table: pd.DataFrame, columns: int = 3) -> matplotlib.figure.Figure:
         rows = points[(points["data"] == data) & (points["activation"] == activation)]
         for label, (_, look) in CURVATURES.items():
             draw_line(panel, rows, f"{label}, {kind}", label, look)
-        panel.set_ylim(0, 140 if kind == "error" else 105)
+        lowest = min([0.0, *(rows[f"{label}, {kind}_low"].min() for label in CURVATURES if len(rows))])
+        panel.set_ylim(max(lowest, -100.0), 140 if kind == "error" else 105)
         panel.axhline(100, color=style.INK, linewidth=1)
         panel.set_title(f"{kind.capitalize()} of rho C g^ (%), {LABELS[activation]}")
         panel.set_xlabel("step")

@@ -32,7 +32,8 @@ The value is the place of that penalty on the axis, in units of sigma^2.
 TRACE_DIFFERS = (
     "Data and networks: MNIST-1D (4000 examples, 30 % of training labels redrawn, MLP 40-64x3-10, 30 epochs; scale "
     "quick stops after 400 steps) and Fashion-MNIST pooled to 14x14 (2000 examples, 40 % redrawn, MLP 196-100x3-10), "
-    "all with GELU. The paper trains ResNet-50 on ImageNet and WideResNet-28-10 on CIFAR-10 and Fashion-MNIST.",
+    "with GELU where nothing else is said. The paper trains ResNet-50 on ImageNet and WideResNet-28-10 on CIFAR-10 and "
+    "Fashion-MNIST.",
     *DIFFERS[1:3],
     "Strengths are matched: noise of variance sigma^2 is drawn at sigma^2, and so is the penalty sigma^2 / 2 tr, which "
     "has the same effect to second order. The paper compares noise sigma^2 with the penalty sigma^2 tr, twice as "

@@ -172,7 +172,7 @@ def judge(findings: Sequence[Finding], table: pd.DataFrame, scale: Scale, figure
         for finding in findings:
             if finding.scales is not None and scale.name not in finding.scales:
                 continue
-            interval = confidence_interval(effect := finding.effect(runs))
+            interval = confidence_interval(finding.effect(runs))
             verdict = Verdict(
                 finding=finding.text,
                 figure=figure,
@@ -182,7 +182,7 @@ def judge(findings: Sequence[Finding], table: pd.DataFrame, scale: Scale, figure
                 high=interval.high,
                 verdict=finding.decide(runs, interval),
                 seeds=interval.count,
-                diverged=_diverged_behind(finding, runs, effect),
+                diverged=_diverged_behind(finding, runs),
                 scale=scale.name,
                 data=str(data),
             )
@@ -190,9 +190,13 @@ def judge(findings: Sequence[Finding], table: pd.DataFrame, scale: Scale, figure
     return found
 
 
-def _diverged_behind(finding: Finding, runs: pd.DataFrame, effect: pd.Series) -> int:
-    diverged = runs.index[runs["status"].eq("diverged")]
-    return sum(not finding.effect(runs.drop(index)).equals(effect) for index in diverged)
+def _diverged_behind(finding: Finding, runs: pd.DataFrame) -> int:
+    asked = [finding.effect] if finding.condition is None else [finding.effect, finding.condition]
+    found = [ask(runs) for ask in asked]
+    return sum(
+        any(not ask(runs.drop(index)).equals(one) for ask, one in zip(asked, found, strict=True))
+        for index in runs.index[runs["status"].eq("diverged")]
+    )
 
 
 def _rounded(value: float) -> float | None:

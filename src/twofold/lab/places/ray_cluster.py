@@ -12,10 +12,10 @@ from twofold.lab.places import ONE_THREAD, WorkerDiedError
 
 
 class RayCluster:
-    """Tasks of one core on a Ray cluster, which keeps and reuses its worker processes.
+    """Tasks of one core (and GPU) on a Ray cluster, which keeps and reuses its worker processes.
 
     Args:
-        workers: runs at once; None for one on each core of the cluster.
+        workers: runs at once; None for one on each core (or GPU, where runs take one) of the cluster.
         address: "auto", "HOST:PORT" or "ray://HOST:PORT"; None takes $RAY_ADDRESS, or starts Ray on this machine.
         gpus: GPUs of each run.
 
@@ -45,7 +45,8 @@ class RayCluster:
                 raise TwofoldError(f"No Ray cluster can be reached at {address or 'this machine'}: {error}") from error
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, terminate)  # Ray's own handler would end us without a word
-        self.slots = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+        there = ray.cluster_resources()
+        self.slots = workers or max(1, int(there.get("GPU", 0) / gpus if gpus else there.get("CPU", 1)))
         self._options = {"num_cpus": 1, "num_gpus": gpus, "max_retries": 0}
         self._in_flight: set[Any] = set()
 

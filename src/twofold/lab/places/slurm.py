@@ -91,7 +91,8 @@ class Slurm:
                     with self._changed:
                         self._waiting[job] = (outer, time.monotonic())
                 elif time.monotonic() - seen > _GRACE_SECONDS:
-                    del self._waiting[job]
+                    with self._changed:
+                        del self._waiting[job]
                     outer.set_exception(WorkerDiedError())
             time.sleep(_SECONDS_BETWEEN_LOOKS)
 
