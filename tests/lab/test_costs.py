@@ -123,7 +123,7 @@ def test_the_paper_scale_has_the_papers_data_sets():
         setups = dict.fromkeys(("cifar10", "fashion-mnist"), ("wideresnet", 200, 128))
         setups["imagenet"] = ("resnet", 350, 1024)
         assert found == {(name, *setups[name]) for name in data}
-    assert Reproduction(("3",), "paper", ("cifar10",), "").configs("3")
+    assert Reproduction(("3",), "paper", ("cifar10",)).configs("3")
 
 
 def test_the_page_on_the_paper_scale_tells_these_hours(tmp_path):
