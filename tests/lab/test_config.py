@@ -131,6 +131,8 @@ def test_a_configuration_survives_json(config):
         (RunConfig, "max_steps", 0, "or None"),
         (RunConfig, "threads", 0, "at least 1"),
         (RunConfig, "device", "tpu", "cuda:N"),
+        (RunConfig, "device", "cpu:foo", "cuda:N"),
+        (RunConfig, "device", "cuda:-1", "cuda:N"),
         (RunConfig, "precision", "float16", "float32, bfloat16"),
         (RunConfig, "channels_last", 1, "True or False"),
         (RunConfig, "compile", "yes", "True or False"),
@@ -189,6 +191,13 @@ def test_missing_fields_take_their_defaults():
 
 def test_equal_settings_are_equal_however_they_are_written():
     assert OptimizerConfig(lr=1) == OptimizerConfig(lr=1.0)
+    whole, real = (
+        RegularizerConfig("gradient_penalty", 0.1, {"p": p}, bell)
+        for p, bell in ((1, "gaussian:2"), (1.0, "gaussian:2.0"))
+    )
+    assert whole == real
+    assert whole.to_dict() == {**real.to_dict(), "options": {"p": 1}, "second_derivative": "gaussian:2"}
+    assert RegularizerConfig("gradient_penalty", 0.1, (), "listing:0.25").second_derivative == "listing:0.25"
     assert RegularizerConfig(name="sam", options={"b": 1, "a": 2}) == RegularizerConfig(
         name="sam", options=(("a", 2), ("b", 1))
     )
@@ -218,3 +227,8 @@ def test_labels_tell_runs_apart():
     label = replace(base, regularizer=penalty, seed=103).label()
     for text in ("mnist1d", "mlp", "gelu", "gradient_penalty", "0.1", "curvature=nme", "gaussian:100", "103"):
         assert text in label
+
+
+def test_every_rank_needs_an_example():
+    with pytest.raises(TwofoldError, match="at most the 3 training examples"):
+        RunConfig(data=DataConfig(num_train=3), ranks=4)

@@ -215,6 +215,7 @@ class RegularizerConfig(_Config):
         self._choice("name", REGULARIZERS)
         self._real("strength")
         self._normalise_options()
+        self._normalise_bell()
         if self.bell is not None and self.name in ("none", "exact_trace"):
             raise self._refuse("second_derivative", self.second_derivative, f"None where name is {self.name!r}")
         if self.name == "none":
@@ -236,9 +237,12 @@ class RegularizerConfig(_Config):
             plain = isinstance(value, str | int | float | bool | None)
             if not isinstance(name, str) or not plain or (isinstance(value, float) and not math.isfinite(value)):
                 raise self._refuse("options", came, "names with text, finite numbers, True, False or None as values")
-        # so that 1 and 1.0, and gaussian:2 and gaussian:2.0, are the same run
+        # so that 1 and 1.0 are the same run
         whole = {n: int(v) for n, v in options.items() if isinstance(v, float) and v.is_integer() and abs(v) < 2**53}
         object.__setattr__(self, "options", tuple(sorted({**options, **whole}.items())))
+
+    def _normalise_bell(self) -> None:
+        """So that gaussian:2 and gaussian:2.0 are the same run."""
         if self.bell is not None and self.bell[0] != "0":
             kind, beta = self.bell
             object.__setattr__(self, "second_derivative", f"{kind}:{repr(beta).removesuffix('.0')}")

@@ -8,7 +8,6 @@ above 0.
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -17,7 +16,8 @@ from matplotlib.ticker import SymmetricalLogLocator
 
 from twofold.lab.config import RunConfig
 from twofold.lab.figures import style
-from twofold.lab.figures.curves import Curve, interval_columns
+from twofold.lab.figures.along_training import measurements, numbers_by_step
+from twofold.lab.figures.curves import Curve
 from twofold.lab.figures.figure import Figure
 from twofold.lab.figures.figure_1 import LABELS
 from twofold.lab.figures.scales import Scale
@@ -37,8 +37,12 @@ SIGMA_SQUARED = {
 """At cpu the smallest strength of figure 4's grid at which tr H ended below 0 in every trial run."""
 
 EPOCHS_BETWEEN = {"smoke": 1, "quick": 2, "cpu": 4, "paper": 10}
-MATRICES = {"tr H": "hessian", "tr GN": "gauss_newton", "tr NME": "nme"}
-SPLITS = ("train", "test")
+TRACES = {
+    name: lambda metrics, key=f"curvature/{matrix}/trace": metrics[key]
+    for name, matrix in {"tr H": "hessian", "tr GN": "gauss_newton", "tr NME": "nme"}.items()
+}
+ACCURACIES = {split: lambda metrics, key=f"{split}/accuracy": 100 * metrics[key] for split in ("train", "test")}
+QUANTITIES = {**TRACES, **ACCURACIES}
 
 SGD = "SGD"
 HESSIAN = trace_curve("tr H penalised", "hessian_trace", (COLOURS["purple"], "D", "--"))
@@ -86,37 +90,18 @@ def of_curve(table: pd.DataFrame, curve: Curve) -> pd.DataFrame:
     return curve.of(table).query("`regularizer.name` != 'none'")
 
 
-def measurements(runs: pd.DataFrame) -> pd.DataFrame:
-    """One row a run and step at which curvature was measured: seed, step, diverged, traces and accuracies.
-
-    Finite ones only; of two measurements of a run at one step, as where the next one made it diverge, the last.
-    """
-    rows = []
-    for seed, status, metrics in zip(runs["seed"], runs["status"], runs["metrics"], strict=True):
-        columns = {name: metrics.get(f"curvature/{matrix}/trace") for name, matrix in MATRICES.items()}
-        if all(column is not None for column in columns.values()):
-            columns |= {split: 100 * metrics[f"{split}/accuracy"] for split in SPLITS}
-            columns |= {"seed": seed, "step": metrics["step"], "diverged": status == "diverged"}
-            rows.append(pd.DataFrame(columns))
-    names = ["seed", "step", "diverged", *MATRICES, *SPLITS]
-    found = pd.concat(rows) if rows else pd.DataFrame(columns=names, dtype=float)
-    return found.replace([math.inf, -math.inf], math.nan).dropna().drop_duplicates(["seed", "step"], keep="last")
-
-
 def numbers(table: pd.DataFrame) -> pd.DataFrame:
     """One row for each data set, activation, penalty and step, with the three traces and the accuracies in percent."""
-    rows = []
-    for (data, activation), of_activation in table.groupby(["data.name", "model.activation"]):
-        for label, chosen in _by_penalty(of_activation).items():
-            for step, measured in measurements(chosen).groupby("step"):
-                row = {"data": data, "activation": activation, "curve": label, "step": step, "seeds": len(measured)}
-                row["diverged"] = int(measured["diverged"].sum())
-                for name in (*MATRICES, *SPLITS):
-                    row |= interval_columns(name, measured[name])
-                rows.append(row)
-    intervals = [name + end for name in (*MATRICES, *SPLITS) for end in ("", "_low", "_high")]
-    columns = ["data", "activation", "curve", "step", "seeds", "diverged", *intervals]
-    return pd.DataFrame(rows, columns=columns)
+    intervals = [name + end for name in QUANTITIES for end in ("", "_low", "_high")]
+    return pd.DataFrame(
+        [
+            {"data": data, "activation": activation, "curve": label, **row}
+            for (data, activation), of_activation in table.groupby(["data.name", "model.activation"])
+            for label, chosen in _by_penalty(of_activation).items()
+            for row in numbers_by_step(chosen, QUANTITIES)
+        ],
+        columns=["data", "activation", "curve", "step", "seeds", "diverged", *intervals],
+    )
 
 
 def _by_penalty(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -155,7 +140,7 @@ def draw(table: pd.DataFrame, columns: int = 3) -> matplotlib.figure.Figure:
 
 def last_traces(runs: pd.DataFrame) -> pd.DataFrame:
     """The traces at each run's last finite measurement, by seed; those before training count for no run."""
-    return measurements(runs).query("step > 0").sort_values("step").groupby("seed").last()
+    return measurements(runs, QUANTITIES).query("step > 0").sort_values("step").groupby("seed").last()
 
 
 def share(runs: pd.DataFrame) -> pd.Series:
