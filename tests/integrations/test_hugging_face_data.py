@@ -90,3 +90,21 @@ def test_a_copy_that_lacks_a_split_or_a_column_is_told(tmp_path):
     save(copy, tmp_path / "two" / "imagenet", "save_to_disk")
     with pytest.raises(TwofoldError, match="class labels"):
         load(recipes.imagenet().data, tmp_path / "two")
+
+
+def test_a_test_split_with_other_classes_or_without_labels_is_told(tmp_path):
+    copy = copy_of(("image", "label"), {"train": 4, "test": 4})
+    turned = copy["test"].features.copy()
+    turned["label"] = datasets.ClassLabel(names=["class 2", "class 1", "class 0"])
+    rows = copy["test"].to_dict()
+    for name, test, said in (
+        ("turned", datasets.Dataset.from_dict(rows, features=turned), "another order, in test"),
+        (
+            "hidden",
+            datasets.Dataset.from_dict({**rows, "label": [-1] * 4}, features=copy["test"].features),
+            "no labels",
+        ),
+    ):
+        save(datasets.DatasetDict(train=copy["train"], test=test), tmp_path / name / "imagenet", "save_to_disk")
+        with pytest.raises(TwofoldError, match=said):
+            load(recipes.imagenet().data, tmp_path / name)

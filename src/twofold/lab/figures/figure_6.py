@@ -43,6 +43,7 @@ TRACES = {
 }
 ACCURACIES = {split: lambda metrics, key=f"{split}/accuracy": 100 * metrics[key] for split in ("train", "test")}
 QUANTITIES = {**TRACES, **ACCURACIES}
+"""What the table of numbers has, the accuracies in percent."""
 
 SGD = "SGD"
 HESSIAN = trace_curve("tr H penalised", "hessian_trace", (COLOURS["purple"], "D", "--"))
